@@ -1,0 +1,235 @@
+"""NSAConfig: every size and switch of a conversion, checked before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MERGES = ("softmax", "gate")
+SCORERS = ("channels", "mean")
+INNERS = ("inductor", "aot_eager", "eager")
+
+# Fields left as None take the value of their merge. "gate" has the paper's sizes (arXiv 2502.11089,
+# section 4.1); "softmax" converts without training and needs a larger budget: docs/budget.md.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "softmax": {
+        "scorer": "channels",
+        "query_tile": 64,
+        "num_selected": 64,
+        "window": 1024,
+        "dense_len": 8192,
+    },
+    "gate": {
+        "scorer": "mean",
+        "query_tile": 1,
+        "num_selected": 16,
+        "window": 512,
+        "dense_len": 8192,
+    },
+}
+_NOT_PER_LAYER = ("include", "exclude", "per_layer", "strict", "inner")
+
+
+class NSAConfigError(ValueError):
+    """An option that does not exist, has a wrong type, or cannot work with another one."""
+
+
+@dataclass(frozen=True)
+class NSAConfig:
+    """Options of ``torch.compile(model, backend="nsa", options={...})``.
+
+    Sizes are in tokens unless said otherwise; ``None`` means the default of ``merge``.
+
+    Args:
+        merge: ``"softmax"`` attends once over init, window and selected blocks (no new weights);
+            ``"gate"`` is the NSA paper's three gated branches (needs trained weights).
+        scorer: who chooses blocks: ``"channels"`` (the strongest channels of full-resolution keys)
+            or ``"mean"`` (mean-pooled keys, the paper).
+        score_channels: channels that ``"channels"`` keeps; None is a quarter of D, at least 16.
+        query_tile: queries that share one selection; 1 is the paper's token-granular form.
+        compress_block: l, tokens in a compressed block (scorer ``"mean"``, merge ``"gate"``).
+        compress_stride: d, tokens between the starts of compressed blocks.
+        select_block: l', tokens in a selected block.
+        num_selected: n, blocks a query tile reads, forced ones included.
+        init_blocks: blocks at the start of the sequence that are always read.
+        window: w, most recent tokens that are always read, the query's own included.
+        dense_len: up to this many keys the operator computes dense attention, decided at run time.
+        include, exclude: globs over module paths; a layer is converted when it matches an include
+            glob (or there is none) and no exclude glob.
+        per_layer: ``{glob: {field: value}}``; later globs win over earlier ones.
+        strict: raise, listing every site that was kept dense and why.
+        inner: compiler of the rewritten graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+
+    Raises:
+        NSAConfigError: an unknown name, a wrong type, or sizes that cannot work together.
+    """
+
+    merge: str = "softmax"
+    scorer: str | None = None
+    score_channels: int | None = None
+    query_tile: int | None = None
+    compress_block: int = 32
+    compress_stride: int = 16
+    select_block: int = 64
+    num_selected: int | None = None
+    init_blocks: int = 1
+    window: int | None = None
+    dense_len: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    strict: bool = False
+    inner: str = "inductor"
+
+    def __post_init__(self) -> None:
+        _one_of("merge", self.merge, MERGES)
+        _one_of("inner", self.inner, INNERS)
+        if not isinstance(self.strict, bool):
+            raise NSAConfigError(f"strict must be True or False, got {self.strict!r}")
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _globs(name, getattr(self, name)))
+        for name, value in _DEFAULTS[self.merge].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        _one_of("scorer", self.scorer, SCORERS)
+        self._check_integers()
+        self._check_sizes()
+        self._check_per_layer()
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | NSAConfig | None) -> NSAConfig:
+        """The config that ``options`` describes; an unknown name is an error that names the nearest."""
+        if isinstance(options, NSAConfig):
+            return options
+        options = dict(options or {})
+        _check_names(options, [f.name for f in dataclasses.fields(cls)], "option")
+        return cls(**options)
+
+    def for_layer(self, module: str) -> NSAConfig:
+        """This config with the ``per_layer`` fields whose glob matches the path ``module``."""
+        changes: dict[str, Any] = {}
+        for glob, fields in self.per_layer.items():
+            if fnmatch.fnmatchcase(module, glob):
+                changes.update(fields)
+        return self._override(changes) if changes else self
+
+    def selects(self, module: str) -> bool:
+        """Whether ``include`` and ``exclude`` let the layer at path ``module`` be converted."""
+        included = not self.include or any(fnmatch.fnmatchcase(module, g) for g in self.include)
+        return included and not any(fnmatch.fnmatchcase(module, g) for g in self.exclude)
+
+    def channels(self, head_dim: int) -> int:
+        """r, the channels that scorer ``"channels"`` reads of ``head_dim``."""
+        if self.score_channels is not None:
+            return min(self.score_channels, head_dim)
+        return min(head_dim, max(16, head_dim // 4))
+
+    def sizes(self) -> dict[str, Any]:
+        """The fields that shape one layer's conversion, for reports."""
+        skip = set(_NOT_PER_LAYER)
+        return {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip
+        }
+
+    def _override(self, changes: Mapping[str, Any]) -> NSAConfig:
+        """Replace fields; a changed ``merge`` brings its own defaults for fields still at theirs."""
+        current = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if "merge" in changes:
+            for name, value in _DEFAULTS[self.merge].items():
+                if current[name] == value:
+                    current[name] = None
+        return NSAConfig(**{**current, "per_layer": {}, **changes})
+
+    def _check_integers(self) -> None:
+        least = {
+            "query_tile": 1, "compress_block": 1, "compress_stride": 1, "select_block": 1,
+            "num_selected": 1, "init_blocks": 0, "window": 1, "dense_len": 0, "score_channels": 1,
+        }  # fmt: skip
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is None and name == "score_channels":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise NSAConfigError(f"{name} must be an integer, got {value!r}")
+            if value < minimum:
+                raise NSAConfigError(f"{name} must be at least {minimum}, got {value}")
+
+    def _check_sizes(self) -> None:
+        assert self.query_tile and self.num_selected and self.window
+        for name, least in (("select_block", 8), ("query_tile", 1)):
+            value = getattr(self, name)
+            if value & (value - 1) or not least <= value <= 256:
+                raise NSAConfigError(
+                    f"{name} must be a power of two between {least} and 256, got {value}"
+                )
+        if self.compress_block % self.compress_stride:
+            raise NSAConfigError(
+                f"compress_block must be a multiple of compress_stride, got compress_block="
+                f"{self.compress_block} and compress_stride={self.compress_stride}"
+            )
+        if self.select_block % self.compress_stride:
+            raise NSAConfigError(
+                f"select_block must be a multiple of compress_stride, got select_block="
+                f"{self.select_block} and compress_stride={self.compress_stride}"
+            )
+        forced = self.init_blocks + window_blocks(self.window, self.query_tile, self.select_block)
+        if self.merge == "softmax" and self.num_selected < forced:
+            raise NSAConfigError(
+                f"num_selected={self.num_selected} cannot hold the forced blocks: init_blocks="
+                f"{self.init_blocks} and the {forced - self.init_blocks} blocks of {self.select_block} "
+                f"that window={self.window} touches for a tile of {self.query_tile} queries make "
+                f"{forced}; raise num_selected to at least {forced} or lower window"
+            )
+
+    def _check_per_layer(self) -> None:
+        if not isinstance(self.per_layer, Mapping):
+            raise NSAConfigError(f"per_layer must map globs to options, got {self.per_layer!r}")
+        known = [f.name for f in dataclasses.fields(self) if f.name not in _NOT_PER_LAYER]
+        for glob, fields in self.per_layer.items():
+            if not isinstance(glob, str) or not isinstance(fields, Mapping):
+                raise NSAConfigError(
+                    f"per_layer must map a glob to a dict of options, got {glob!r}: {fields!r}"
+                )
+            _check_names(fields, known, f"option in per_layer[{glob!r}]")
+            try:
+                self._override(fields)
+            except NSAConfigError as error:
+                raise NSAConfigError(f"per_layer[{glob!r}]: {error}") from None
+
+
+def window_blocks(window: int, query_tile: int, block: int, offset: int = 0) -> int:
+    """Most blocks of ``block`` keys that a causal window touches for one tile of queries.
+
+    Tile t holds positions ``[t * query_tile + offset, (t + 1) * query_tile + offset)``; its window
+    reaches ``window - 1`` keys before the first. A bidirectional window (centred,
+    docs/semantics.md) has the same length, so the bound holds for it with one block to spare.
+    """
+    step = math.gcd(query_tile, block)
+    starts = range(offset % step, block, step)
+    return max((p + query_tile - 1) // block - (p - window + 1) // block + 1 for p in starts)
+
+
+def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    if value not in tuple(allowed):
+        raise NSAConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _globs(name: str, value: object) -> tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else value
+    if not isinstance(globs, Iterable) or not all(isinstance(g, str) for g in globs):
+        raise NSAConfigError(f"{name} must be a glob or a list of globs, got {value!r}")
+    return tuple(globs)
+
+
+def _check_names(given: Iterable[str], known: list[str], what: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            raise NSAConfigError(
+                f"unknown {what} {name!r}; did you mean {near[0]!r}? Valid: {', '.join(known)}"
+            )

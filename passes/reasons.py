@@ -1,0 +1,95 @@
+"""Why a layer was kept dense: every code, what it says and what the user can do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Reason(Enum):
+    """Reason codes; the value is (code, text, hint). ``{detail}`` in a text is filled by a Refusal."""
+
+    MASK_NOT_UNDERSTOOD = (
+        "mask_not_understood",
+        "the mask could not be proven: {detail}",
+        "build the mask from positions (arange, compare), tril/triu or a padding mask inside the "
+        "compiled region, or pass is_causal=True",
+    )
+    DROPOUT = (
+        "dropout",
+        "attention dropout is active: {detail}",
+        "set the attention dropout to 0 (sparse attention is trained without it) or call eval()",
+    )
+    EXCLUDED = (
+        "excluded",
+        "the layer filters leave it out: {detail}",
+        "change include/exclude if this layer should be converted",
+    )
+    NEEDS_PREPARE = (
+        "needs_prepare",
+        "merge='gate' needs trained gates, and this layer has none",
+        "use merge='softmax', which needs no new weights",
+    )
+    UNSUPPORTED_SHAPE = (
+        "unsupported_shape",
+        "the operators do not take these shapes: {detail}",
+        "expected q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] with Hq a multiple of Hkv "
+        "and D, Dv at most 256",
+    )
+    UNSUPPORTED_DTYPE = (
+        "unsupported_dtype",
+        "the operators do not take this dtype: {detail}",
+        "use float32, float16 or bfloat16",
+    )
+    UNSUPPORTED_SCALE = (
+        "unsupported_scale",
+        "the scale is not a positive number: {detail}",
+        "pass a positive Python float as scale",
+    )
+    DECODE_STEP = (
+        "decode_step",
+        "one query against a cache reads every key once already: {detail}",
+        "nothing to do: prefill is converted, decoding stays dense",
+    )
+    SIZES_DO_NOT_FIT = (
+        "sizes_do_not_fit",
+        "the configured sizes do not fit this site: {detail}",
+        "raise num_selected or lower window for this layer (per_layer)",
+    )
+    INTERNAL_ERROR = (
+        "internal_error",
+        "nsa_compile failed on this graph and left it untouched: {detail}",
+        "please report it with the graph (TORCH_LOGS=graph_code)",
+    )
+
+    @property
+    def code(self) -> str:
+        return self.value[0]
+
+    @property
+    def text(self) -> str:
+        return self.value[1]
+
+    @property
+    def hint(self) -> str:
+        return self.value[2]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason with the node or value that earned it. A value, never an exception."""
+
+    reason: Reason
+    detail: str = ""
+
+    @property
+    def code(self) -> str:
+        return self.reason.code
+
+    @property
+    def text(self) -> str:
+        return self.reason.text.format(detail=self.detail)
+
+    @property
+    def hint(self) -> str:
+        return self.reason.hint
