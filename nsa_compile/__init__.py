@@ -8,3 +8,32 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "passes" / "config.py").is_file() and (_root / "pyproject.toml").is_file():
     # A source checkout: passes/ and kernels/ stand beside this package, not inside it.
     __path__.append(str(_root))
+
+from nsa_compile.backend import ConversionWarning, StrictError, nsa  # noqa: E402
+from nsa_compile.compilations import report  # noqa: E402
+from nsa_compile.passes.config import NSAConfig, NSAConfigError  # noqa: E402
+from nsa_compile.report import RewriteReport  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConversionWarning",
+    "NSAConfig",
+    "NSAConfigError",
+    "RewriteReport",
+    "StrictError",
+    "nsa",
+    "report",
+]
+
+
+def _register() -> None:
+    """Make ``backend="nsa"`` known where the package's entry point is not installed."""
+    from importlib.metadata import entry_points
+
+    from torch._dynamo.backends import registry
+
+    if not entry_points(group="torch_dynamo_backends", name="nsa") and "nsa" not in registry._BACKENDS:
+        registry.register_backend(nsa)
+
+
+_register()

@@ -202,16 +202,19 @@ class NSAConfig:
                 raise NSAConfigError(f"per_layer[{glob!r}]: {error}") from None
 
 
-def window_blocks(window: int, query_tile: int, block: int, offset: int = 0) -> int:
-    """Most blocks of ``block`` keys that a causal window touches for one tile of queries.
+def window_blocks(
+    window: int, query_tile: int, block: int, offset: int | None = 0, causal: bool = True
+) -> int:
+    """Most blocks of ``block`` keys that the local window touches for one tile of queries.
 
-    Tile t holds positions ``[t * query_tile + offset, (t + 1) * query_tile + offset)``; its window
-    reaches ``window - 1`` keys before the first. A bidirectional window (centred,
-    docs/semantics.md) has the same length, so the bound holds for it with one block to spare.
+    Tile t holds positions ``[t * query_tile + offset, (t + 1) * query_tile + offset)``. A causal
+    window reaches ``window - 1`` keys back; a bidirectional one is centred (docs/semantics.md).
+    ``offset`` None means unknown: the worst alignment counts.
     """
-    step = math.gcd(query_tile, block)
-    starts = range(offset % step, block, step)
-    return max((p + query_tile - 1) // block - (p - window + 1) // block + 1 for p in starts)
+    back, ahead = (window - 1, 0) if causal else ((window - 1) // 2, window // 2)
+    step = 1 if offset is None else math.gcd(query_tile, block)
+    starts = range((offset or 0) % step, block, step)
+    return max((p + query_tile - 1 + ahead) // block - (p - back) // block + 1 for p in starts)
 
 
 def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:

@@ -1,0 +1,250 @@
+"""The torch.compile backend "nsa": convert a Dynamo graph, report it, hand it to the inner compiler."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo import lookup_backend
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._guards import CompileContext, GuardSource
+from torch._subclasses.fake_tensor import FakeTensor
+
+import nsa_compile.kernels.library  # registers torch.ops.nsa
+from nsa_compile import compilations
+from nsa_compile.compilations import CompiledGraph
+from nsa_compile.passes.config import NSAConfig, NSAConfigError
+from nsa_compile.passes.cost import record
+from nsa_compile.passes.pipeline import Conversion, analyse
+from nsa_compile.passes.reasons import Reason, Refusal
+from nsa_compile.passes.rewrite import Rewriter
+from nsa_compile.passes.site import SiteRecord
+
+Compiled = Callable[..., Any]
+
+
+class StrictError(RuntimeError):
+    """strict=True, and at least one attention layer would stay dense."""
+
+
+class ConversionWarning(UserWarning):
+    """A graph was compiled without conversion because nsa_compile itself failed on it."""
+
+
+def nsa(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | NSAConfig | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Dynamo backend: rewrite attention to Native Sparse Attention, compile with ``options["inner"]``.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs; parameters and buffers are real tensors.
+        options: any field of :class:`NSAConfig`.
+        mode: Inductor's mode, as in ``torch.compile``; needs ``inner="inductor"``.
+
+    Raises:
+        NSAConfigError: unknown or impossible options.
+        StrictError: ``strict`` is set and a layer stays dense.
+    """
+    config = NSAConfig.from_options(options)
+    if mode and config.inner != "inductor":
+        raise NSAConfigError(f"mode={mode!r} needs inner='inductor', got inner={config.inner!r}")
+    entry = _begin()
+    values = _constant_inputs(gm, example_inputs)
+    try:
+        conversion = analyse(gm, config, values=values)
+        entry.records = _records(conversion, entry)
+    except Exception as error:
+        return _untouched(gm, example_inputs, config, mode, entry, error)
+    _enforce_strict(config, entry.records)
+    if not conversion.converts:
+        return _inner(gm, example_inputs, config, mode)
+    original = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    guarded = [(_position(gm, node), values[node]) for node in conversion.guarded]
+    try:
+        Rewriter(gm).apply(conversion.decisions)
+        compiled = _inner(gm, example_inputs, config, mode)
+    except Exception as error:
+        if _is_control_flow(error):
+            compilations.discard(entry)
+            raise
+        return _untouched(original, example_inputs, config, mode, entry, error)
+    if not guarded:
+        return compiled
+    return GuardedCallable(
+        compiled, lambda: _inner(original, example_inputs, config, mode), guarded, entry
+    )
+
+
+class GuardedCallable:
+    """Runs the converted graph while the buffers that its masks were read from are unchanged.
+
+    A mask proven from a buffer's values holds only for those values. Each call compares the
+    tensor's identity and version counter (no device work); after a change the dense graph runs.
+    """
+
+    def __init__(
+        self,
+        converted: Compiled,
+        compile_dense: Callable[[], Compiled],
+        guarded: Sequence[tuple[int, torch.Tensor]],
+        entry: CompiledGraph,
+    ) -> None:
+        self.converted = converted
+        self.compile_dense = compile_dense
+        self.dense: Compiled | None = None
+        self.entry = entry
+        self.guards = [(i, weakref.ref(tensor), tensor._version) for i, tensor in guarded]
+
+    def __call__(self, *args: Any) -> Any:
+        for position, tensor, version in self.guards:
+            if args[position] is not tensor() or args[position]._version != version:
+                return self._dense(position)(*args)
+        return self.converted(*args)
+
+    def _dense(self, position: int) -> Compiled:
+        if self.dense is None:
+            text = (
+                f"a mask buffer (graph input {position}) changed after compilation: "
+                f"graph {self.entry.compile_id} of {self.entry.model} runs dense"
+            )
+            self.entry.failures.append(text)
+            warnings.warn(f"nsa_compile: {text}", ConversionWarning, stacklevel=2)
+            self.dense = self.compile_dense()
+        return self.dense
+
+
+def _inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: NSAConfig, mode: str | None
+) -> Compiled:
+    """Compile ``gm`` with the compiler the user chose."""
+    if config.inner != "inductor":
+        compiled: Compiled = lookup_backend(config.inner)(gm, list(example_inputs))
+        return compiled
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(mode) if mode else None
+    compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled
+
+
+def _untouched(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: NSAConfig,
+    mode: str | None,
+    entry: CompiledGraph,
+    error: Exception,
+) -> Compiled:
+    """Compile the user's own graph after an internal failure: warned about once, and reported."""
+    text = f"graph {entry.compile_id} of {entry.model} stays dense: {type(error).__name__}: {error}"
+    compiled = _inner(gm, example_inputs, config, mode)
+    entry.failures.append(text)
+    entry.records = [_failed(row, text) for row in entry.records]
+    warnings.warn(f"nsa_compile failed and left the model as it was; {text}", ConversionWarning, 2)
+    return compiled
+
+
+def _is_control_flow(error: Exception) -> bool:
+    """Dynamo restarts and skips frames through exceptions; only a failed compile is ours."""
+    return isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
+
+
+def _begin() -> CompiledGraph:
+    """Open the report entry of this backend call, tied to the torch.compile call it came from."""
+    tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+    scope, name = tracer.output.local_scope, tracer.output.root_tx.f_code.co_name
+    root = next((value for value in scope.values() if isinstance(value, nn.Module)), None)
+    compile_id = CompileContext.current_compile_id()
+    return compilations.begin(
+        _caller(), str(compile_id), root, type(root).__name__ if root is not None else name
+    )
+
+
+def _caller() -> object:
+    """The object torch.compile made for this backend: it stands on the stack just above us."""
+    frame = sys._getframe(2)
+    for _ in range(8):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch._TorchCompileWrapper):
+            return owner
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return nsa
+
+
+def _constant_inputs(
+    gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> dict[fx.Node, torch.Tensor]:
+    """Real tensors of placeholders that belong to a module or a global and are not parameters.
+
+    Their values may be read for a proof, since the guard can see a change: a tensor without a
+    version counter (inference mode) is left out.
+    """
+    constants = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if not isinstance(value, torch.Tensor) or isinstance(value, (nn.Parameter, FakeTensor)):
+            continue
+        if _is_state(node) and not value.is_inference() and not value.requires_grad:
+            constants[node] = value
+    return constants
+
+
+def _is_state(node: fx.Node) -> bool:
+    """Whether a placeholder stands for module state or a global, not for a call's argument."""
+    if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {}):
+        return True
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return False
+    kind = source.guard_source
+    return (kind() if callable(kind) else kind) is GuardSource.GLOBAL
+
+
+def _position(gm: fx.GraphModule, placeholder: fx.Node) -> int:
+    return gm.graph.find_nodes(op="placeholder").index(placeholder)
+
+
+def _records(conversion: Conversion, entry: CompiledGraph) -> list[SiteRecord]:
+    return [record(decision, entry.compile_id) for decision in conversion.decisions]
+
+
+def _failed(row: SiteRecord, detail: str) -> SiteRecord:
+    """``row`` as kept dense by an internal failure."""
+    refusal = Refusal(Reason.INTERNAL_ERROR, detail)
+    return replace(
+        row,
+        decision="kept",
+        reason=refusal.code,
+        reason_text=refusal.text,
+        hint=refusal.hint,
+        config=None,
+        flops_sparse=None,
+    )
+
+
+def _enforce_strict(config: NSAConfig, records: Sequence[SiteRecord]) -> None:
+    kept = [row for row in records if row.decision == "kept"]
+    if not config.strict or not kept:
+        return
+    lines = [
+        f"  {row.module or '(no module path)'} ({row.source}): {row.reason}: {row.reason_text}"
+        for row in kept
+    ]
+    raise StrictError(
+        f"strict=True, and {len(kept)} of {len(records)} attention layers would stay dense:\n"
+        + "\n".join(lines)
+    )

@@ -1,0 +1,98 @@
+"""Decide: is converting a site legal, and does the user want it? One verdict a site, with a reason."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from nsa_compile.passes.config import NSAConfig, window_blocks
+from nsa_compile.passes.reasons import Reason, Refusal
+from nsa_compile.passes.site import AttentionSite, Decision, Mask
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def decide(site: AttentionSite, config: NSAConfig) -> Decision:
+    """Verdict on ``site`` under ``config`` (whose ``per_layer`` fields are applied here)."""
+    layer_config = config.for_layer(site.module)
+    refusal = _legality(site, layer_config) or _policy(site, config, layer_config)
+    return Decision(site, layer_config, refusal)
+
+
+def _legality(site: AttentionSite, config: NSAConfig) -> Refusal | None:
+    """Why the operators cannot compute this site, or None."""
+    for check in (_shapes, _decode, _mask, _dropout, _dtype, _scale):
+        refusal = check(site)
+        if refusal is not None:
+            return refusal
+    return _sizes(site, config)
+
+
+def _policy(site: AttentionSite, config: NSAConfig, layer: NSAConfig) -> Refusal | None:
+    """Why the user does not want this site converted, or None."""
+    if not config.selects(site.module):
+        return Refusal(Reason.EXCLUDED, f"{site.module or '(no module path)'}")
+    if layer.merge == "gate":
+        return Refusal(Reason.NEEDS_PREPARE)
+    return None
+
+
+def _mask(site: AttentionSite) -> Refusal | None:
+    return site.mask if isinstance(site.mask, Refusal) else None
+
+
+def _dropout(site: AttentionSite) -> Refusal | None:
+    if isinstance(site.dropout, (int, float)) and site.dropout == 0:
+        return None
+    return Refusal(Reason.DROPOUT, f"dropout_p={site.dropout}")
+
+
+def _shapes(site: AttentionSite) -> Refusal | None:
+    if isinstance(site.mask, Refusal) and site.mask.reason is Reason.UNSUPPORTED_SHAPE:
+        return site.mask
+    if max(site.head_dim, site.value_dim) > MAX_HEAD_DIM:
+        return Refusal(Reason.UNSUPPORTED_SHAPE, f"D={site.head_dim}, Dv={site.value_dim}")
+    if not site.kv_heads or site.q_heads % site.kv_heads:
+        return Refusal(Reason.UNSUPPORTED_SHAPE, f"Hq={site.q_heads}, Hkv={site.kv_heads}")
+    return None
+
+
+def _decode(site: AttentionSite) -> Refusal | None:
+    # isinstance first: comparing a SymInt would install a guard.
+    if isinstance(site.q_len, int) and site.q_len == 1:
+        if isinstance(site.kv_len, int) and site.kv_len == 1:
+            return None
+        return Refusal(Reason.DECODE_STEP, f"q_len=1, kv_len={site.kv_len}")
+    return None
+
+
+def _dtype(site: AttentionSite) -> Refusal | None:
+    if site.dtype in DTYPES:
+        return None
+    return Refusal(Reason.UNSUPPORTED_DTYPE, f"expected float32, float16 or bfloat16, got {site.dtype}")
+
+
+def _scale(site: AttentionSite) -> Refusal | None:
+    if isinstance(site.scale, fx.Node) or site.scale > 0:
+        return None
+    return Refusal(Reason.UNSUPPORTED_SCALE, f"scale={site.scale}")
+
+
+def _sizes(site: AttentionSite, config: NSAConfig) -> Refusal | None:
+    """The forced blocks of this mask must fit the budget, whatever its offset's alignment."""
+    if config.merge != "softmax" or not isinstance(site.mask, Mask):
+        return None
+    assert config.window and config.query_tile and config.num_selected
+    offset = site.mask.offset if isinstance(site.mask.offset, int) else None
+    touched = window_blocks(
+        config.window, config.query_tile, config.select_block, offset, site.mask.causal
+    )
+    forced = config.init_blocks + touched
+    if forced <= config.num_selected:
+        return None
+    return Refusal(
+        Reason.SIZES_DO_NOT_FIT,
+        f"num_selected={config.num_selected}, but init_blocks={config.init_blocks} and the {touched} "
+        f"blocks that window={config.window} touches under mask {site.mask.describe()} make {forced}",
+    )
