@@ -1,0 +1,164 @@
+"""Which keys, blocks and compressed blocks belong to which query, in plain integers.
+
+Nothing here looks at a tensor. Ranges are half-open. Query i stands at
+position ``p = i + offset``; tile t holds the queries ``[t * R, (t + 1) * R)`` that exist.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+
+def num_tiles(q_len: int, query_tile: int) -> int:
+    """NT, tiles of ``query_tile`` queries; the last one may be short."""
+    return (q_len + query_tile - 1) // query_tile
+
+
+def num_blocks(kv_len: int, block: int) -> int:
+    """Ns, selection blocks of ``block`` keys; the last one may be short."""
+    return (kv_len + block - 1) // block
+
+
+def num_compressed(kv_len: int, block: int, stride: int) -> int:
+    """Nc, whole blocks ``[c * stride, c * stride + block)``; lengths may be symbolic."""
+    return torch.sym_max(0, (kv_len - block) // stride + 1)
+
+
+def tile_positions(
+    tile: int, query_tile: int, q_len: int, offset: int, count: int = 1
+) -> tuple[int, int]:
+    """Positions ``[first, stop)`` of the queries of ``count`` tiles from ``tile`` on."""
+    stop = min((tile + count) * query_tile, q_len)
+    return tile * query_tile + offset, stop + offset
+
+
+def visible_keys(
+    positions: tuple[int, int], causal: bool, window: int | None, kv_len: int
+) -> tuple[int, int]:
+    """Keys that some position of ``[first, stop)`` may see: causality and the site's window.
+
+    Causal: ``p - window < j <= p``. Otherwise ``|p - j| < window``. Empty ranges have low == high.
+    """
+    first, stop = positions
+    low = 0 if window is None else max(0, first - window + 1)
+    high = kv_len
+    if causal:
+        high = stop
+    elif window is not None:
+        high = stop - 1 + window
+    high = max(0, min(high, kv_len))
+    return min(low, high), high
+
+
+def local_keys(positions: tuple[int, int], causal: bool, local_window: int) -> tuple[int, int]:
+    """Keys inside the always-read window of some position of ``[first, stop)``; not clipped.
+
+    Causal: ``0 <= p - j < w``. Otherwise the w keys ``p - (w - 1) // 2 <= j <= p + w // 2``.
+    """
+    first, stop = positions
+    if causal:
+        return first - local_window + 1, stop
+    return first - (local_window - 1) // 2, stop + local_window // 2
+
+
+def block_range(keys: tuple[int, int], block: int, kv_len: int) -> tuple[int, int]:
+    """Blocks that hold a key of the range, clipped to the blocks that exist."""
+    low, high = max(keys[0], 0), min(keys[1], kv_len)
+    if low >= high:
+        return 0, 0
+    return low // block, (high - 1) // block + 1
+
+
+def window_blocks(
+    tile: int, query_tile: int, q_len: int, kv_len: int, offset: int, causal: bool,
+    local_window: int, block: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Blocks ``[first, stop)`` that the always-read window of a tile touches."""
+    positions = tile_positions(tile, query_tile, q_len, offset)
+    return block_range(local_keys(positions, causal, local_window), block, kv_len)
+
+
+@functools.lru_cache(maxsize=256)
+def most_forced_blocks(
+    query_tile: int, q_len: int, kv_len: int, offset: int, causal: bool, window: int | None,
+    init_blocks: int, local_window: int, block: int,
+) -> int:  # fmt: skip
+    """Most blocks that any tile must read: the initial ones and those its window touches.
+
+    Exact for keys without padding. Which blocks a tile forces repeats with the least common
+    multiple of tile and block, once away from both ends, so only so many tiles are looked at.
+    """
+    tiles = num_tiles(q_len, query_tile)
+    period = block // math.gcd(query_tile, block)
+    reach = (local_window + (init_blocks + 2) * block + abs(offset)) // query_tile + period + 2
+    crossing = max(0, kv_len - offset) // query_tile
+    near = set(range(min(tiles, reach)))
+    near |= set(range(max(0, min(tiles, crossing) - reach), min(tiles, crossing + reach)))
+    near |= set(range(max(0, tiles - reach), tiles))
+    most = 0
+    for tile in near:
+        positions = tile_positions(tile, query_tile, q_len, offset)
+        visible = block_range(visible_keys(positions, causal, window, kv_len), block, kv_len)
+        local = block_range(local_keys(positions, causal, local_window), block, kv_len)
+        first, stop = max(visible[0], local[0]), min(visible[1], local[1])
+        initial = max(0, min(init_blocks, visible[1]) - visible[0])
+        doubled = max(0, min(init_blocks, stop) - first) if stop > first else 0
+        most = max(most, max(0, stop - first) + initial - doubled)
+    return most
+
+
+def check_budget(
+    num_selected: int, query_tile: int, q_len: int, kv_len: int, offset: int, causal: bool,
+    window: int | None, init_blocks: int, local_window: int, block: int,
+) -> None:  # fmt: skip
+    """Refuse a budget that cannot hold the forced blocks.
+
+    Raises:
+        ValueError: naming ``num_selected`` and ``local_window``.
+    """
+    if num_selected >= num_blocks(kv_len, block):
+        return
+    forced = most_forced_blocks(
+        query_tile, q_len, kv_len, offset, causal, window, init_blocks, local_window, block
+    )
+    if forced > num_selected:
+        raise ValueError(
+            f"num_selected={num_selected} cannot hold the {forced} blocks of {block} that "
+            f"init_blocks={init_blocks} and local_window={local_window} force on a tile of "
+            f"{query_tile} queries at offset {offset}; raise num_selected or lower local_window"
+        )
+
+
+def complete_compressed(position: int, block: int, stride: int, count: int) -> int:
+    """Compressed blocks ``[0, result)`` of ``count`` that are complete at ``position``."""
+    return max(0, min(count, (position + 1 - block) // stride + 1))
+
+
+def overlap_weights(
+    compress_block: int, compress_stride: int, block: int
+) -> tuple[tuple[int, float], ...]:
+    """How a compressed block's probability spreads over selection blocks.
+
+    Pairs (delta, weight): selection block s takes ``weight`` of the compressed block
+    ``c = s * block // compress_stride + delta``, the tokens of c inside s in units of the stride.
+    For 32/16/64: delta -1..3, weights 1, 2, 2, 2, 1.
+
+    Raises:
+        ValueError: when ``block`` is not a multiple of ``compress_stride``.
+    """
+    if block % compress_stride:
+        raise ValueError(
+            f"block must be a multiple of compress_stride, got block={block} and "
+            f"compress_stride={compress_stride}"
+        )
+    first = -((compress_block - 1) // compress_stride)
+    pairs = []
+    for delta in range(first, block // compress_stride):
+        start = delta * compress_stride
+        tokens = min(start + compress_block, block) - max(start, 0)
+        if tokens > 0:
+            pairs.append((delta, tokens / compress_stride))
+    return tuple(pairs)
