@@ -32,7 +32,10 @@ def _register() -> None:
 
     from torch._dynamo.backends import registry
 
-    if not entry_points(group="torch_dynamo_backends", name="nsa") and "nsa" not in registry._BACKENDS:
+    if (
+        not entry_points(group="torch_dynamo_backends", name="nsa")
+        and "nsa" not in registry._BACKENDS
+    ):
         registry.register_backend(nsa)
 
 

@@ -1,4 +1,4 @@
-"""The torch.compile backend "nsa": convert a Dynamo graph, report it, hand it to the inner compiler."""
+"""The torch.compile backend "nsa": convert a Dynamo graph, report it, compile the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._guards import CompileContext, GuardSource
 from torch._subclasses.fake_tensor import FakeTensor
 
-import nsa_compile.kernels.library  # registers torch.ops.nsa
 from nsa_compile import compilations
 from nsa_compile.compilations import CompiledGraph
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
@@ -45,7 +44,7 @@ def nsa(
     options: Mapping[str, Any] | NSAConfig | None = None,
     mode: str | None = None,
 ) -> Compiled:
-    """Dynamo backend: rewrite attention to Native Sparse Attention, compile with ``options["inner"]``.
+    """Dynamo backend: rewrite attention to Native Sparse Attention, then compile with ``inner``.
 
     Args:
         gm: the graph that Dynamo captured.

@@ -99,8 +99,8 @@ def _owners(compiled: object) -> tuple[list[Any], list[nn.Module], str]:
     owners = [_backend(context) for context in contexts if context is not None]
     if not owners:
         raise TypeError(
-            f"expected the result of torch.compile(..., backend='nsa'), got {type(compiled).__name__} "
-            "that was never compiled; pass what torch.compile returned"
+            "expected the result of torch.compile(..., backend='nsa'), got "
+            f"{type(compiled).__name__} that was never compiled; pass what torch.compile returned"
         )
     return owners, modules, name
 
@@ -134,4 +134,3 @@ def _weak(root: object) -> Callable[[], Any]:
         return weakref.ref(root)
     except TypeError:  # None and other objects without weak references
         return lambda: None
-

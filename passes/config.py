@@ -103,7 +103,7 @@ class NSAConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | NSAConfig | None) -> NSAConfig:
-        """The config that ``options`` describes; an unknown name is an error that names the nearest."""
+        """The config that ``options`` describes; an unknown name is refused, naming the nearest."""
         if isinstance(options, NSAConfig):
             return options
         options = dict(options or {})
@@ -129,6 +129,11 @@ class NSAConfig:
             return min(self.score_channels, head_dim)
         return min(head_dim, max(16, head_dim // 4))
 
+    def forced_blocks(self, offset: int | None = 0, causal: bool = True) -> int:
+        """Most blocks that are forced on one tile: ``init_blocks`` and those the window touches."""
+        window, tile = self.window or 0, self.query_tile or 1
+        return self.init_blocks + window_blocks(window, tile, self.select_block, offset, causal)
+
     def sizes(self) -> dict[str, Any]:
         """The fields that shape one layer's conversion, for reports."""
         skip = set(_NOT_PER_LAYER)
@@ -137,7 +142,7 @@ class NSAConfig:
         }
 
     def _override(self, changes: Mapping[str, Any]) -> NSAConfig:
-        """Replace fields; a changed ``merge`` brings its own defaults for fields still at theirs."""
+        """Replace fields; a changed ``merge`` brings its defaults for fields still at theirs."""
         current = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if "merge" in changes:
             for name, value in _DEFAULTS[self.merge].items():
@@ -160,7 +165,6 @@ class NSAConfig:
                 raise NSAConfigError(f"{name} must be at least {minimum}, got {value}")
 
     def _check_sizes(self) -> None:
-        assert self.query_tile and self.num_selected and self.window
         for name, least in (("select_block", 8), ("query_tile", 1)):
             value = getattr(self, name)
             if value & (value - 1) or not least <= value <= 256:
@@ -177,13 +181,14 @@ class NSAConfig:
                 f"select_block must be a multiple of compress_stride, got select_block="
                 f"{self.select_block} and compress_stride={self.compress_stride}"
             )
-        forced = self.init_blocks + window_blocks(self.window, self.query_tile, self.select_block)
-        if self.merge == "softmax" and self.num_selected < forced:
+        forced = self.forced_blocks()
+        if self.merge == "softmax" and (self.num_selected or 0) < forced:
             raise NSAConfigError(
-                f"num_selected={self.num_selected} cannot hold the forced blocks: init_blocks="
-                f"{self.init_blocks} and the {forced - self.init_blocks} blocks of {self.select_block} "
-                f"that window={self.window} touches for a tile of {self.query_tile} queries make "
-                f"{forced}; raise num_selected to at least {forced} or lower window"
+                f"num_selected={self.num_selected} cannot hold the forced blocks: "
+                f"init_blocks={self.init_blocks} and the {forced - self.init_blocks} blocks of "
+                f"{self.select_block} that window={self.window} touches for a tile of "
+                f"{self.query_tile} queries make {forced}; raise num_selected to at least {forced} "
+                "or lower window"
             )
 
     def _check_per_layer(self) -> None:

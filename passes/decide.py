@@ -1,13 +1,12 @@
-"""Decide: is converting a site legal, and does the user want it? One verdict a site, with a reason."""
+"""Decide: is converting a site legal, and wanted? One verdict a site, with a reason."""
 
 from __future__ import annotations
 
 import torch
-from torch import fx
-
-from nsa_compile.passes.config import NSAConfig, window_blocks
+from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
+from torch import fx
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -70,7 +69,7 @@ def _decode(site: AttentionSite) -> Refusal | None:
 def _dtype(site: AttentionSite) -> Refusal | None:
     if site.dtype in DTYPES:
         return None
-    return Refusal(Reason.UNSUPPORTED_DTYPE, f"expected float32, float16 or bfloat16, got {site.dtype}")
+    return Refusal(Reason.UNSUPPORTED_DTYPE, str(site.dtype))
 
 
 def _scale(site: AttentionSite) -> Refusal | None:
@@ -83,16 +82,12 @@ def _sizes(site: AttentionSite, config: NSAConfig) -> Refusal | None:
     """The forced blocks of this mask must fit the budget, whatever its offset's alignment."""
     if config.merge != "softmax" or not isinstance(site.mask, Mask):
         return None
-    assert config.window and config.query_tile and config.num_selected
     offset = site.mask.offset if isinstance(site.mask.offset, int) else None
-    touched = window_blocks(
-        config.window, config.query_tile, config.select_block, offset, site.mask.causal
-    )
-    forced = config.init_blocks + touched
-    if forced <= config.num_selected:
+    forced = config.forced_blocks(offset, site.mask.causal)
+    if forced <= (config.num_selected or 0):
         return None
     return Refusal(
         Reason.SIZES_DO_NOT_FIT,
-        f"num_selected={config.num_selected}, but init_blocks={config.init_blocks} and the {touched} "
-        f"blocks that window={config.window} touches under mask {site.mask.describe()} make {forced}",
+        f"init_blocks={config.init_blocks} and window={config.window} force up to {forced} blocks "
+        f"under mask {site.mask.describe()}, more than num_selected={config.num_selected}",
     )

@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Reason(Enum):
-    """Reason codes; the value is (code, text, hint). ``{detail}`` in a text is filled by a Refusal."""
+    """Reason codes: (code, text, hint). ``{detail}`` in a text is filled by a Refusal."""
 
     MASK_NOT_UNDERSTOOD = (
         "mask_not_understood",
@@ -33,8 +33,8 @@ class Reason(Enum):
     UNSUPPORTED_SHAPE = (
         "unsupported_shape",
         "the operators do not take these shapes: {detail}",
-        "expected q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] with Hq a multiple of Hkv "
-        "and D, Dv at most 256",
+        "expected q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] with Hq a multiple of "
+        "Hkv and D, Dv at most 256",
     )
     UNSUPPORTED_DTYPE = (
         "unsupported_dtype",

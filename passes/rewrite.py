@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from nsa_compile.passes.site import Decision, Mask
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
-
-from nsa_compile.passes.site import Decision, Mask
 
 _METADATA = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _BINARY = "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor"
@@ -71,8 +71,8 @@ class Rewriter:
             r = config.channels(site.head_dim)
             summary = call(ops.channels.default, q, k, valid, r, config.dense_len)
         else:
-            l, d = config.compress_block, config.compress_stride
-            summary = call(ops.compress.default, k, valid, l, d)
+            sizes = (config.compress_block, config.compress_stride)
+            summary = call(ops.compress.default, k, valid, *sizes)
         visibility = (site.scale, mask.causal, mask.offset, mask.window)
         blocks = call(
             ops.select_blocks.default,
@@ -123,12 +123,9 @@ def _fake_value(target: Callable[..., Any] | str, args: tuple[Any, ...]) -> Any:
     """What the call returns on the fake values of its arguments: shapes and dtypes, no data."""
     values = fx.node.map_arg(args, lambda node: node.meta["example_value"])
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-    if mode is None:
-        return getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
-    with mode, torch.no_grad():
-        if isinstance(target, str):
-            return getattr(values[0], target)(*values[1:])
-        return target(*values)
+    call = getattr(torch.Tensor, target) if isinstance(target, str) else target
+    with mode or nullcontext(), torch.no_grad():
+        return call(*values)
 
 
 def erase_unused(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:

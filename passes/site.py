@@ -9,9 +9,8 @@ from nsa_compile.passes.reasons import Refusal
 
 if TYPE_CHECKING:
     import torch
-    from torch import fx
-
     from nsa_compile.passes.config import NSAConfig
+    from torch import fx
 
 
 @dataclass(frozen=True)

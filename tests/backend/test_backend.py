@@ -1,0 +1,260 @@
+"""The backend as a user meets it: options, filters, strictness, failures, graph breaks, reports."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nsa_compile
+from nsa_compile import backend
+
+OPTIONS = {"dense_len": 0, "window": 16, "select_block": 16, "query_tile": 16, "inner": "eager"}
+
+
+class Attention(nn.Module):
+    def __init__(self, dropout: float = 0.0, breaks: bool = False) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+        self.dropout, self.breaks = dropout, breaks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, _ = x.shape
+        q, k, v = (y.view(b, t, 2, 16).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return y.transpose(1, 2).reshape(b, t, 32)
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int = 3, **kwargs: object) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(**kwargs) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 50, 32)
+
+
+def compiled(model: nn.Module, **options: object):
+    return torch.compile(model, backend="nsa", options={**OPTIONS, **options})
+
+
+def verdicts(fast: object) -> list[tuple[str, str, str | None]]:
+    return [(s.module, s.decision, s.reason) for s in nsa_compile.report(fast).sites]
+
+
+def test_every_layer_is_converted_and_equal(x: torch.Tensor) -> None:
+    model = Stack()
+    fast = compiled(model)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    assert verdicts(fast) == [(f"layers.{i}", "converted", None) for i in range(3)]
+    site = nsa_compile.report(fast).sites[0]
+    assert site.module_class.endswith("Attention")
+    assert site.source.split(":")[0].endswith("test_backend.py")
+    assert site.mask == "causal"
+
+
+def test_include_exclude_and_per_layer(x: torch.Tensor) -> None:
+    fast = compiled(
+        Stack(4),
+        include=["layers.*"],
+        exclude="*.3",
+        per_layer={"layers.1": {"merge": "gate"}, "*.2": {"window": 32}},
+    )
+    fast(x)
+    assert verdicts(fast) == [
+        ("layers.0", "converted", None),
+        ("layers.1", "kept", "needs_prepare"),
+        ("layers.2", "converted", None),
+        ("layers.3", "kept", "excluded"),
+    ]
+    assert [s.config["window"] for s in nsa_compile.report(fast).converted] == [16, 32]
+
+
+def test_strict_lists_every_site_with_its_reason(x: torch.Tensor) -> None:
+    model = Stack(dropout=0.1).train()
+    with pytest.raises(Exception, match="StrictError") as caught:
+        compiled(model, strict=True)(x)
+    for i in range(3):
+        assert f"layers.{i} " in str(caught.value)
+    assert "dropout" in str(caught.value)
+
+
+def test_strict_is_content_when_all_converts(x: torch.Tensor) -> None:
+    compiled(Stack(), strict=True)(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_select": 3}, "did you mean 'num_selected'"),
+        ({"windows": 3}, "did you mean 'window'"),
+        ({"merge": "soft"}, "merge must be one of softmax, gate, got 'soft'"),
+        ({"num_selected": 2, "window": 512}, "raise num_selected to at least"),
+        ({"select_block": 48}, "select_block must be a power of two"),
+        ({"mode": 1}, "unknown option 'mode'"),
+    ],
+)
+def test_bad_options_are_refused_with_what_to_do(
+    options: dict[str, object], message: str, x: torch.Tensor
+) -> None:
+    with pytest.raises(Exception, match="NSAConfigError") as caught:
+        compiled(Stack(), **options)(x)
+    assert message in str(caught.value)
+
+
+def test_a_graph_with_nothing_to_convert_is_handed_on_untouched(
+    x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def inner(gm, inputs, config, mode):
+        seen.append((gm, gm.code))
+        return gm.forward
+
+    captured = []
+
+    def capture(gm, inputs):
+        captured.append(gm.code)
+        return backend.nsa(gm, inputs, options={**OPTIONS, "exclude": ["*"]})
+
+    monkeypatch.setattr(backend, "_inner", inner)
+    torch.compile(Stack(), backend=capture)(x)
+    assert [code for _, code in seen] == captured
+
+
+@pytest.mark.parametrize("stage", ["analyse", "rewrite"])
+def test_an_internal_failure_leaves_the_model_dense_warns_and_is_reported(
+    stage: str, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise RuntimeError("boom")
+
+    if stage == "analyse":
+        monkeypatch.setattr(backend, "analyse", explode)
+    else:
+        monkeypatch.setattr(backend.Rewriter, "_replace", explode)
+    model = Stack()
+    fast = compiled(model)
+    with pytest.warns(nsa_compile.ConversionWarning, match="boom") as caught:
+        out = fast(x)
+    assert len(caught) == 1
+    assert torch.equal(out, model(x))
+    report = nsa_compile.report(fast)
+    assert "boom" in report.failures[0]
+    assert not report.converted
+    assert all(site.reason == "internal_error" for site in report.sites)
+
+
+def test_graph_breaks_are_merged_into_one_report(x: torch.Tensor) -> None:
+    model = Stack(2, breaks=True)
+    fast = compiled(model)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    assert [decision for _, decision, _ in verdicts(fast)] == ["converted"] * 2
+
+
+def test_recompiles_do_not_count_a_layer_twice(x: torch.Tensor) -> None:
+    fast = compiled(Stack(2))
+    for length in (50, 40, 33):
+        fast(x[:, :length])
+    assert len(nsa_compile.report(fast).sites) == 2
+
+
+def test_layers_compiled_one_by_one(x: torch.Tensor) -> None:
+    model = Stack(2)
+    for layer in model.layers:
+        layer.compile(backend="nsa", options=OPTIONS)
+    model(x)
+    assert len(nsa_compile.report(model).converted) == 2
+
+
+def test_functions_can_be_compiled() -> None:
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    q, k, v = torch.randn(3, 1, 2, 40, 16)
+    fast = torch.compile(attend, backend="nsa", options=OPTIONS)
+    torch.testing.assert_close(fast(q, k, v), attend(q, k, v), rtol=1e-4, atol=1e-4)
+    assert [d for _, d, _ in verdicts(fast)] == ["converted"]
+
+
+def test_two_models_keep_their_reports_apart(x: torch.Tensor) -> None:
+    one, two = compiled(Stack(1)), compiled(Stack(2))
+    one(x), two(x)
+    assert (len(nsa_compile.report(one).sites), len(nsa_compile.report(two).sites)) == (1, 2)
+
+
+def test_an_equal_second_compile_of_the_same_model_has_the_report(x: torch.Tensor) -> None:
+    model = Stack(2)
+    first = compiled(model)
+    first(x)
+    second = compiled(model)
+    second(x)  # Dynamo reuses the code of an equal torch.compile call
+    assert len(nsa_compile.report(second).sites) == 2
+
+
+def test_report_of_something_never_compiled_says_what_to_pass() -> None:
+    with pytest.raises(TypeError, match="pass what torch.compile returned"):
+        nsa_compile.report(Stack(1))
+
+
+def test_report_before_the_first_call_is_empty() -> None:
+    assert nsa_compile.report(compiled(Stack(1))).sites == []
+
+
+def test_mode_is_passed_on_to_inductor(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    patches = []
+
+    def fake_compile_fx(gm, inputs, config_patches=None):
+        patches.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", fake_compile_fx)
+    options = {**OPTIONS, "inner": "inductor"}
+    torch.compile(Stack(1), backend="nsa", mode="max-autotune-no-cudagraphs", options=options)(x)
+    assert patches[0]["max_autotune"] is True
+
+
+def test_a_mode_without_inductor_is_refused(x: torch.Tensor) -> None:
+    with pytest.raises(Exception, match="needs inner='inductor'"):
+        torch.compile(Stack(1), backend="nsa", mode="reduce-overhead", options=OPTIONS)(x)
+
+
+def test_the_report_keeps_no_model_alive(x: torch.Tensor) -> None:
+    import weakref
+
+    model = Stack(1)
+    fast = compiled(model)
+    fast(x)
+    alive = weakref.ref(model)
+    del model, fast
+    torch._dynamo.reset()
+    gc.collect()
+    assert alive() is None
+
+
+def test_no_warning_on_the_happy_path(x: torch.Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", nsa_compile.ConversionWarning)
+        compiled(Stack(1))(x)

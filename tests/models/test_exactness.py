@@ -1,0 +1,76 @@
+"""With a budget that covers every key, the converted model equals the dense one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import nsa_compile
+from tests.models.architectures import build, run
+from tests.models.equality import (
+    FULL_BUDGET,
+    PADDED,
+    assert_all_converted,
+    assert_equal,
+    extra_arguments,
+    padding_for,
+    token_ids,
+)
+
+LENGTHS = (1, 31, 63, 507)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("name", ["tril_gpt", *PADDED])
+def test_static_shapes(name: str, side: str, length: int) -> None:
+    if side != "none" and name not in PADDED:
+        pytest.skip("this model takes no attention_mask")
+    torch._dynamo.reset()
+    model = build(name)
+    fast = torch.compile(model, backend="nsa", dynamic=False, options=FULL_BUDGET)
+    assert_equal(model, fast, token_ids(length), padding_for(side, length), extra_arguments(name))
+    assert_all_converted(fast)
+
+
+@pytest.mark.parametrize("scorer", ["channels", "mean"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("name", ["tril_gpt", *PADDED])
+def test_one_dynamic_compile_serves_many_lengths(name: str, side: str, scorer: str) -> None:
+    if side != "none" and name not in PADDED:
+        pytest.skip("this model takes no attention_mask")
+    torch._dynamo.reset()
+    model = build(name)
+    options = {**FULL_BUDGET, "scorer": scorer}
+    fast = torch.compile(model, backend="nsa", dynamic=True, options=options)
+    for length in (63, 31, 507):
+        assert_equal(
+            model, fast, token_ids(length), padding_for(side, length), extra_arguments(name)
+        )
+    assert_all_converted(fast)
+    assert {row.compile_id for row in nsa_compile.report(fast).sites} == {"0/0"}
+
+
+@pytest.mark.parametrize("name", ["tril_gpt", "llama"])
+def test_inductor_compiles_the_converted_graph(name: str) -> None:
+    torch._dynamo.reset()
+    model = build(name)
+    fast = torch.compile(model, backend="nsa", options={**FULL_BUDGET, "inner": "inductor"})
+    assert_equal(model, fast, token_ids(63), {}, extra_arguments(name))
+    assert_all_converted(fast)
+
+
+def test_a_changed_mask_buffer_falls_back_to_dense_and_says_so() -> None:
+    torch._dynamo.reset()
+    model = build("tril_gpt")
+    fast = torch.compile(model, backend="nsa", options=FULL_BUDGET)
+    ids = token_ids(63)
+    run(fast, ids)
+    with torch.no_grad():
+        model.layers[0].bias[..., :, 5] = 0
+        expected = run(copy.deepcopy(model), ids)
+    with pytest.warns(nsa_compile.ConversionWarning, match="runs dense"):
+        torch.testing.assert_close(run(fast, ids), expected)
+    assert nsa_compile.report(fast).failures
