@@ -1,0 +1,56 @@
+"""The report as Markdown, for a pull request or a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nsa_compile.report.rows import Row, rows
+from nsa_compile.report.summary import dense_at_this_length, kept_groups, summary
+
+if TYPE_CHECKING:
+    from nsa_compile.report.rewrite_report import RewriteReport
+
+
+_HEADINGS = ("layer", "attention", "mask", "length", "FLOPs", "verdict")
+
+
+def markdown(report: RewriteReport) -> str:
+    """Heading, summary, table, then the reasons and failures as lists."""
+    lines = [f"### nsa_compile: {report.model}", "", f"{_sentence(summary(report))}", ""]
+    if report.sites:
+        lines += [_line(_HEADINGS), _line(["---"] * len(_HEADINGS))]
+        lines += [_line(_cells(row)) for row in rows(report.sites)]
+        lines.append("")
+    note = dense_at_this_length(report)
+    if note:
+        lines += [_sentence(note), ""]
+    groups = kept_groups(report)
+    for group in groups:
+        hint = f" *{group.hint}*" if group.hint else ""
+        lines.append(f"- `{group.reason}` ({group.count}): {group.text}.{hint}")
+    if groups:
+        lines.append("")
+    if report.failures:
+        lines += [f"- **failure**: {_one_line(failure)}" for failure in report.failures] + [""]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    count = f" ({row.count})" if row.count > 1 else ""
+    origin = f"<br>{row.origin}" if row.origin else ""
+    layer = f"`{row.layer}`{count}{origin}"
+    flops = f"{row.flops} ({row.saving})" if row.saving else row.flops
+    verdict = f"{row.verdict}: `{row.reason}`" if row.reason else row.verdict
+    return [layer, row.attention, f"`{row.mask}`", row.length, flops, verdict]
+
+
+def _line(cells: tuple[str, ...] | list[str]) -> str:
+    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."

@@ -1,0 +1,62 @@
+"""The sentences around the table: how many layers were converted, and why others were not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nsa_compile.passes.site import SiteRecord
+
+if TYPE_CHECKING:
+    from nsa_compile.report.rewrite_report import RewriteReport
+
+
+@dataclass(frozen=True)
+class KeptGroup:
+    """Sites that were kept for the same reason, with the same text."""
+
+    reason: str
+    text: str
+    hint: str
+    count: int
+
+
+def summary(report: RewriteReport) -> str:
+    """``"10 of 12 attention layers converted; kept: 2 mask_not_understood"``."""
+    sites = report.sites
+    if not sites:
+        if report.failures:
+            return "no attention layer was seen: see the failures below"
+        return "no attention found: there is nothing to convert"
+    noun = "attention layer" if len(sites) == 1 else "attention layers"
+    text = f"{len(report.converted)} of {len(sites)} {noun} converted"
+    kept = Counter(str(site.reason) for site in report.skipped)
+    if kept:
+        counts = sorted(kept.items(), key=lambda item: (-item[1], item[0]))
+        text += "; kept: " + ", ".join(f"{count} {reason}" for reason, count in counts)
+    return text
+
+
+def dense_at_this_length(report: RewriteReport) -> str | None:
+    """A note when converted layers run dense because the sequence is short, or None."""
+    short = [site for site in report.converted if _runs_dense(site)]
+    if not short:
+        return None
+    limits = sorted({site.config["dense_len"] for site in short if site.config})
+    limit = " or ".join(map(str, limits))
+    which = "the converted layers run" if len(short) == len(report.converted) else "some layers run"
+    return f"{which} dense up to {limit} keys (dense_len); these inputs are not longer"
+
+
+def kept_groups(report: RewriteReport) -> list[KeptGroup]:
+    """Every reason text once, in the order of the sites."""
+    counts = Counter(
+        (str(site.reason), site.reason_text or "", site.hint or "") for site in report.skipped
+    )
+    return [KeptGroup(*texts, count) for texts, count in counts.items()]
+
+
+def _runs_dense(site: SiteRecord) -> bool:
+    limit = (site.config or {}).get("dense_len", 0)
+    return isinstance(site.kv_len, int) and site.kv_len <= limit

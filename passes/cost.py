@@ -1,0 +1,191 @@
+"""What a site costs, dense and sparse, and the report row that says so.
+
+FLOPs count a multiply and an add as two, forward only, for the whole batch. Only the (query, key)
+pairs that the mask's structure lets through are counted: causality halves, a sliding window counts
+its keys. Padding depends on the data and is not subtracted; a mask that was not understood counts
+every pair. Sizes of a dynamic graph stay symbolic: the arithmetic runs on sympy expressions and
+never compares or converts a SymInt, which would install a guard.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.reasons import Refusal
+from nsa_compile.passes.site import AttentionSite, Decision, Mask, SiteRecord
+from torch import fx
+
+Size = Any  # an int, or a sympy expression in a dynamic graph
+
+
+def record(decision: Decision, compile_id: str) -> SiteRecord:
+    """The report row of one verdict: plain values that keep no graph alive."""
+    site, refusal = decision.site, decision.refusal
+    return SiteRecord(
+        module=site.module,
+        module_class=site.module_class,
+        source=site.source,
+        spelling=site.spelling,
+        decision="converted" if decision.converted else "kept",
+        reason=refusal.code if refusal else None,
+        reason_text=refusal.text if refusal else None,
+        hint=refusal.hint if refusal else None,
+        q_heads=site.q_heads,
+        kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        value_dim=site.value_dim,
+        q_len=_text(_size(site.q_len)),
+        kv_len=_text(_size(site.kv_len)),
+        mask="unknown" if isinstance(site.mask, Refusal) else site.mask.describe(),
+        scale=_scale(site.scale),
+        dtype=str(site.dtype).removeprefix("torch."),
+        config=_sizes_used(decision) if decision.converted else None,
+        flops_dense=flops_dense(site),
+        flops_sparse=flops_sparse(site, decision.config) if decision.converted else None,
+        batch=_text(_size(site.batch)),
+        ordinal=site.ordinal,
+        compile_id=compile_id,
+    )
+
+
+def flops_dense(site: AttentionSite) -> int | str:
+    """FLOPs of softmax(q k^T) v over the pairs that the mask lets through."""
+    return _text(_dense(site))
+
+
+def flops_sparse(site: AttentionSite, config: NSAConfig) -> int | str:
+    """FLOPs of choosing blocks and attending to them; those of dense up to ``dense_len`` keys.
+
+    Attending is bounded by n blocks of L keys for a query. Under dynamic lengths the text is a
+    Python expression in the graph's symbols.
+    """
+    dense, keys = _dense(site), _size(site.kv_len)
+    sparse = _scoring(site, config) + _attending(site, config)
+    if isinstance(keys, int):
+        assert config.dense_len is not None
+        return _text(dense if keys <= config.dense_len else sparse)
+    if not config.dense_len:
+        return _text(sparse)
+    return f"{_text(sparse)} if {_text(keys)} > {config.dense_len} else {_text(dense)}"
+
+
+@lru_cache(maxsize=256)
+def visible_pairs(
+    q_len: Size, kv_len: Size, causal: bool, offset: Size = 0, window: Size | None = None
+) -> Size:
+    """How many (query, key) pairs the mask lets through; position of query i is ``i + offset``.
+
+    Query i sees ``clamp(high) - clamp(low)`` keys, where both ends move by one a query, so each end
+    sums to a difference of :func:`_ramp`.
+    """
+    if not causal and window is None:
+        return q_len * kv_len
+    high = offset if causal else offset + window - 1
+    pairs = _ramp(q_len + high, kv_len) - _ramp(high, kv_len)
+    if window is not None:
+        low = offset - window
+        pairs -= _ramp(q_len + low, kv_len) - _ramp(low, kv_len)
+    return pairs
+
+
+def _ramp(count: Size, limit: Size) -> Size:
+    """sum of min(x, limit) for x = 1 .. count; 0 when count is negative."""
+    count = _max(count, 0)
+    rising = _min(count, limit)
+    return _half(rising * (rising + 1)) + (count - rising) * limit
+
+
+def _dense(site: AttentionSite) -> Size:
+    pairs = _pairs(site, site.mask.window if isinstance(site.mask, Mask) else None)
+    return _heads(site) * 2 * (site.head_dim + site.value_dim) * pairs
+
+
+def _scoring(site: AttentionSite, config: NSAConfig) -> Size:
+    """Every visible key on r channels, or every compressed block on all of them."""
+    pairs = _pairs(site, site.mask.window if isinstance(site.mask, Mask) else None)
+    if config.scorer == "channels":
+        return _heads(site) * 2 * config.channels(site.head_dim) * pairs
+    return _heads(site) * 2 * site.head_dim * (pairs // config.compress_stride)
+
+
+def _attending(site: AttentionSite, config: NSAConfig) -> Size:
+    """At most n * L of its visible keys for each query."""
+    assert config.num_selected is not None
+    budget = config.num_selected * config.select_block
+    mask = site.mask
+    own = mask.window if isinstance(mask, Mask) else None
+    if isinstance(mask, Mask) and mask.causal:
+        pairs = _pairs(site, budget if own is None else min(own, budget))
+    else:
+        pairs = _min(_pairs(site, own), _size(site.q_len) * budget)
+    return _heads(site) * 2 * (site.head_dim + site.value_dim) * pairs
+
+
+def _pairs(site: AttentionSite, window: int | None) -> Size:
+    causal, offset = False, 0
+    if isinstance(site.mask, Mask):
+        causal, offset = site.mask.causal, _offset(site.mask.offset)
+    return visible_pairs(_size(site.q_len), _size(site.kv_len), causal, offset, window)
+
+
+def _heads(site: AttentionSite) -> Size:
+    return _size(site.batch) * site.q_heads
+
+
+def _offset(offset: int | fx.Node) -> Size:
+    if isinstance(offset, int):
+        return offset
+    value = offset.meta.get("example_value")
+    if isinstance(value, (int, torch.SymInt)):
+        return _size(value)
+    return sympy.Symbol(offset.name, integer=True)
+
+
+def _size(size: int | torch.SymInt) -> Size:
+    """An int, or the sympy expression behind a SymInt (reading it installs no guard)."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else expression
+
+
+def _min(left: Size, right: Size) -> Size:
+    both_known = isinstance(left, int) and isinstance(right, int)
+    return min(left, right) if both_known else sympy.Min(left, right)
+
+
+def _max(left: Size, right: Size) -> Size:
+    both_known = isinstance(left, int) and isinstance(right, int)
+    return max(left, right) if both_known else sympy.Max(left, right)
+
+
+def _half(even: Size) -> Size:
+    return even // 2 if isinstance(even, int) else even / 2
+
+
+def _text(size: Size) -> int | str:
+    """An int as it is; an expression as Python text over the graph's symbols."""
+    if isinstance(size, int):
+        return size
+    if size.is_Integer:
+        return int(size)
+    return str(size).replace("Min(", "min(").replace("Max(", "max(").replace("floor(", "int(")
+
+
+def _scale(scale: float | fx.Node) -> float | str:
+    """A finite number, or the text of what holds it in a dynamic graph."""
+    if isinstance(scale, fx.Node):
+        return scale.name
+    return float(scale) if math.isfinite(scale) else str(scale)
+
+
+def _sizes_used(decision: Decision) -> dict[str, Any]:
+    sizes = decision.config.sizes()
+    if decision.config.scorer == "channels":
+        sizes["score_channels"] = decision.config.channels(decision.site.head_dim)
+    return sizes
