@@ -1,0 +1,217 @@
+"""Lift one element of a mask tensor's program to a value over indices: the pull-based core.
+
+``lift(node, index)`` asks what ``node[index]`` is, where the index entries are affine in the
+positions b, h, i, j, and answers by asking the inputs. An element nobody understands becomes a
+``Load`` of the node that could not be seen through, so that what does not matter never stops a proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from nsa_compile.passes import dialect
+from nsa_compile.passes.dialect import Op
+from nsa_compile.passes.masks import views
+from nsa_compile.passes.masks.affine import Affine, Load, affine, lower, upper
+from nsa_compile.passes.masks.conditions import (
+    FALSE,
+    TRUE,
+    Unknown,
+    Value,
+    as_number,
+    leaves,
+    loads,
+    map_leaves,
+    size,
+    truth,
+)
+from nsa_compile.passes.masks.constants import Patterns
+from nsa_compile.passes.masks.mutation import Mutations
+from nsa_compile.passes.masks.sizes import Sizes
+from nsa_compile.passes.masks.views import Index, Stuck
+
+Rule = Callable[["Lifter", fx.Node, Op, Index], Value]
+
+_EXACT_INTEGERS = {torch.int32, torch.int64, torch.float32, torch.float64}
+# A mask is a handful of terms; an expression past this size is not one, and must not cost time.
+_LARGEST = 200
+
+
+class Lifter:
+    """Lifts elements of one graph's tensors; every (node, index) is lifted once.
+
+    Args:
+        graph: the graph, read only.
+        values: real tensors of placeholders and attributes whose content a proof may read.
+    """
+
+    def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, torch.Tensor]) -> None:
+        self.sizes = Sizes(gm.graph)
+        self.patterns = Patterns(gm, values)
+        self.mutations = Mutations(gm.graph)
+        self._lifted: dict[tuple[fx.Node, Index], Value] = {}
+        self._reader: fx.Node | None = None
+
+    def read(self, node: fx.Node, index: Index, reader: fx.Node) -> Value:
+        """What ``reader`` sees in ``node[index]``: earlier in-place writes count, later ones do not."""
+        self._reader = reader
+        return self.lift(node, index)
+
+    def lift(self, node: fx.Node, index: Index) -> Value:
+        """What ``node[index]`` is."""
+        version = self.mutations.version(node, self._reader)
+        if isinstance(version, str):
+            return self._opaque(node, index, version)
+        key = (version, index)
+        if key not in self._lifted:
+            reader, self._reader = self._reader, version
+            self._lifted[key] = self._lift(version, index)
+            self._reader = reader
+        return self._lifted[key]
+
+    def operand(self, node: fx.Node, argument: Any, index: Index) -> Value:
+        """An operand of the elementwise ``node`` at ``index`` of its result."""
+        if not isinstance(argument, fx.Node):
+            return self.scalar(argument)
+        shape, out = dialect.shape(argument), dialect.shape(node)
+        if shape is None or out is None:
+            return self.scalar(argument)
+        return self.lift(argument, views.broadcast(shape, out, index))
+
+    def scalar(self, argument: Any) -> Value:
+        """A Python number, SymInt or node that holds one."""
+        fake = dialect.value(argument) if isinstance(argument, fx.Node) else argument
+        if isinstance(fake, bool):
+            return TRUE if fake else FALSE
+        if isinstance(fake, torch.SymFloat) and fake.node.expr.is_number:
+            fake = float(fake.node.expr)
+        if isinstance(fake, float):
+            return Affine(int(fake)) if fake.is_integer() else fake
+        integer = self.sizes.integer(argument)
+        if integer is None:
+            shown = dialect.describe(argument) if isinstance(argument, fx.Node) else argument
+            raise Stuck(f"the scalar {shown}")
+        return integer
+
+    def index_value(self, node: fx.Node, index: Index) -> Affine:
+        """The element of an index tensor."""
+        found = as_number(self.lift(node, index))
+        if not isinstance(found, Affine):
+            raise Stuck(f"an index computed by {dialect.describe(node)}")
+        return found
+
+    def _lift(self, node: fx.Node, index: Index) -> Value:
+        try:
+            found = self._rule(node, index)
+        except Stuck as stuck:
+            pattern = self.patterns.evaluated(node)
+            if pattern is None:
+                return self._opaque(node, index, str(stuck))
+            found = pattern.element(index)
+        except RecursionError:
+            return self._opaque(node, index, "too deep an expression")
+        if not _fits(found, node) or size(found) > _LARGEST:
+            return self._opaque(node, index, "values that its dtype may not hold exactly")
+        if len(index) == 2 and _row_and_key(index) and loads(found):
+            # A whole [B, Tk] tensor: which keys are real is what it says, however it was made.
+            return self._opaque(node, index, "")
+        return found
+
+    def _rule(self, node: fx.Node, index: Index) -> Value:
+        if node.op in ("placeholder", "get_attr"):
+            pattern = self.patterns.given(node)
+            if pattern is not None:
+                return pattern.element(index)
+            return self._opaque(node, index, "")
+        op = dialect.view(node)
+        if op is None or dialect.shape(node) is None:
+            raise Stuck("an operator that mask proofs do not know")
+        element = views.source(node, op, index, self.sizes, self.index_value)
+        if element is not None:
+            return self.lift(element.node, element.index)
+        from nsa_compile.passes.masks.rules import RULES
+
+        rule = RULES.get(op.name)
+        if rule is None:
+            raise Stuck("an operator that mask proofs do not know")
+        return rule(self, node, op, index)
+
+    def _opaque(self, node: fx.Node, index: Index, why: str) -> Value:
+        fake = dialect.value(node)
+        if fake.dtype.is_floating_point or fake.dtype.is_complex:
+            return Unknown(Load(node, index, why=why))
+        boolean = fake.dtype == torch.bool
+        load = Load(node, index, *((0, 1) if boolean else (None, None)), why)
+        found = truth(affine(load)) if boolean else affine(load)
+        assert found is not None
+        return found
+
+
+def numbers(value: Value) -> Value:
+    """``value`` for arithmetic: conditions become 1 and 0.
+
+    Raises:
+        Stuck: it reads a floating-point element that the proof does not look into.
+    """
+    return map_leaves(value, _number)
+
+
+def _number(value: Value) -> Value:
+    if isinstance(value, Unknown):
+        raise Stuck(f"arithmetic on {dialect.describe(value.load.node)}")
+    return as_number(value)
+
+
+def condition(value: Value) -> Any:
+    """``value != 0``.
+
+    Raises:
+        Stuck: it reads a floating-point element that the proof does not look into.
+    """
+    found = truth(value)
+    if found is None:
+        raise Stuck("the truth of an unknown value")
+    return found
+
+
+def _fits(value: Value, node: fx.Node) -> bool:
+    """Whether the dtype of ``node`` holds ``value`` exactly, so that the mathematics is the program.
+
+    float32 holds positions up to 2**24, int32 up to 2**31: longer than any sequence.
+    """
+    dtype = dialect.value(node).dtype
+    if dtype in _EXACT_INTEGERS or dtype == torch.bool:
+        return True
+    return all(_leaf_fits(leaf, dtype) for leaf in leaves(value))
+
+
+def _leaf_fits(leaf: Value, dtype: torch.dtype) -> bool:
+    if not isinstance(leaf, Affine):
+        return True
+    low, high = lower(leaf), upper(leaf)
+    if dtype.is_floating_point:  # constants may round: a mask's are 0, 1 and very negative ones
+        return leaf.constant is not None or (
+            low is not None and high is not None and -256 <= low and high <= 256
+        )
+    limits = torch.iinfo(dtype)
+    return low is not None and high is not None and limits.min <= low and high <= limits.max
+
+
+def _row_and_key(index: Index) -> bool:
+    return is_batch(index[0]) and is_position(index[1], "j")
+
+
+def is_position(at: Affine, name: str) -> bool:
+    """Whether ``at`` is the position ``name`` (one of b, h, i, j) and nothing else."""
+    return at.const == 0 and [(getattr(a, "name", ""), c) for a, c in at.terms.items()] == [
+        (name, 1)
+    ]
+
+
+def is_batch(at: Affine) -> bool:
+    """Whether ``at`` is the batch position, or 0 where the batch dimension is broadcast."""
+    return at.constant == 0 or is_position(at, "b")

@@ -1,0 +1,153 @@
+"""Name a lifted condition: causal(offset), window(w), padding, and their conjunctions, or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from nsa_compile.passes import dialect
+from nsa_compile.passes.masks.affine import Affine, Load, Var
+from nsa_compile.passes.masks.conditions import (
+    FALSE,
+    All,
+    Condition,
+    Ge,
+    Ne,
+    loads,
+)
+from nsa_compile.passes.masks.lift import is_batch, is_position
+from nsa_compile.passes.reasons import Reason, Refusal
+from nsa_compile.passes.site import Mask
+
+# Finds the node of a graph that holds a run-time integer, None when there is none.
+FindInteger = Callable[[Affine], "fx.Node | None"]
+
+
+@dataclass
+class _Terms:
+    """What a conjunction says so far: ``j <= i + above``, ``j >= i - below``, ``valid[b, j]``."""
+
+    above: Affine | None = None
+    below: Affine | None = None
+    valid: fx.Node | None = None
+
+
+def classify(
+    keep: Condition, mask: fx.Node | None, buffers: Iterable[fx.Node], find_integer: FindInteger
+) -> Mask | Refusal:
+    """The normal form of the condition under which query i sees key j."""
+    if keep == FALSE:
+        return _refusal(mask, "no key is ever visible")
+    terms = _Terms()
+    conjuncts = keep.of if isinstance(keep, All) else frozenset([keep])
+    for conjunct in sorted(conjuncts, key=repr):
+        refusal = _term(conjunct, terms, mask)
+        if refusal is not None:
+            return refusal
+    return _named(terms, mask, tuple(sorted(buffers)), find_integer)
+
+
+def _term(conjunct: Condition, terms: _Terms, mask: fx.Node | None) -> Refusal | None:
+    if isinstance(conjunct, Ge):
+        rest = _without_diagonal(conjunct.of)
+        if rest is not None and not rest.loads():
+            bound, upper = rest, _sign(conjunct.of, "i") > 0
+            current = terms.above if upper else terms.below
+            tight = _tighter(current, bound)
+            if tight is None:
+                return _refusal(mask, f"two diagonals that cannot be compared, {conjunct.of!r}")
+            if upper:
+                terms.above = tight
+            else:
+                terms.below = tight
+            return None
+    if isinstance(conjunct, Ne):
+        load = _plain_load(conjunct.of)
+        if load is not None and _is_key_padding(load):
+            if terms.valid not in (None, load.node):
+                return _refusal(load.node, "a second padding mask")
+            terms.valid = load.node
+            return None
+    return _unclassified(conjunct, mask)
+
+
+def _without_diagonal(of: Affine) -> Affine | None:
+    """``of`` without ``i - j`` (or ``j - i``), None when it is not a diagonal."""
+    positions = {a.name: c for a, c in of.terms.items() if isinstance(a, Var)}
+    if set(positions) != {"i", "j"} or sorted(positions.values()) != [-1, 1]:
+        return None
+    rest = Affine(of.const, {a: c for a, c in of.terms.items() if not isinstance(a, Var)})
+    return None if rest.variables() else rest
+
+
+def _sign(of: Affine, name: str) -> int:
+    return sum(c for a, c in of.terms.items() if isinstance(a, Var) and a.name == name)
+
+
+def _tighter(current: Affine | None, bound: Affine) -> Affine | None:
+    if current is None:
+        return bound
+    difference = (bound - current).constant
+    if difference is None:
+        return None
+    return bound if difference < 0 else current
+
+
+def _plain_load(of: Affine) -> Load | None:
+    if of.const or len(of.terms) != 1:
+        return None
+    atom = next(iter(of.terms))
+    return atom if isinstance(atom, Load) else None
+
+
+def _is_key_padding(load: Load) -> bool:
+    return len(load.index) == 2 and is_batch(load.index[0]) and is_position(load.index[1], "j")
+
+
+def _named(
+    terms: _Terms, mask: fx.Node | None, buffers: tuple[fx.Node, ...], find_integer: FindInteger
+) -> Mask | Refusal:
+    above, below = terms.above, terms.below
+    if above is None:
+        if below is not None:
+            return _refusal(mask, "it hides the past and shows the future")
+        return Mask(causal=False, valid=terms.valid, buffers=buffers)
+    if below is not None and below == above and below.constant != 0:
+        window = (above + 1).constant
+        if window is None or window < 1:
+            return _refusal(mask, f"a window of {above + 1!r}")
+        return Mask(causal=False, window=window, valid=terms.valid, buffers=buffers)
+    window = None
+    if below is not None:
+        window = (above + below + 1).constant
+        if window is None or window < 1:
+            return _refusal(mask, f"a window of {above + below + 1!r}")
+    offset: int | fx.Node | None = above.constant
+    if offset is None:
+        offset = find_integer(above)
+    if offset is None:
+        return _refusal(mask, f"no node of the graph holds the offset {above!r}")
+    return Mask(causal=True, offset=offset, window=window, valid=terms.valid, buffers=buffers)
+
+
+def _unclassified(conjunct: Condition, mask: fx.Node | None) -> Refusal:
+    """Name the first node that the condition could not see through, or the condition itself."""
+    found = loads(conjunct)
+    stopped = [load for load in found if load.why] or found
+    if not stopped:
+        return _refusal(mask, f"the condition {_shown(conjunct)}")
+    load = min(stopped, key=lambda each: each.node)
+    at = ", ".join(repr(e) for e in load.index)
+    return _refusal(load.node, load.why or f"read at [{at}], which is no padding of keys [b, j]")
+
+
+def _shown(conjunct: Condition) -> str:
+    text = repr(conjunct) if not isinstance(conjunct, Ge) else f"{conjunct.of!r} >= 0"
+    return text if len(text) < 120 else text[:117] + "..."
+
+
+def _refusal(node: fx.Node | None, what: str) -> Refusal:
+    named = "the mask" if node is None else f"node {dialect.describe(node)}"
+    return Refusal(Reason.MASK_NOT_UNDERSTOOD, f"{named}: {what}")
