@@ -223,7 +223,7 @@ def extent(size: int | torch.SymInt | sympy.Expr) -> int | sympy.Expr:
 
 
 def integer(argument: Any) -> int | sympy.Expr | None:
-    """An int, SymInt or SymInt-valued node as an int or sympy expression; None for anything else."""
+    """An int, SymInt or SymInt-valued node as an int or sympy expression, else None."""
     if isinstance(argument, fx.Node):
         argument = value(argument)
     if isinstance(argument, bool) or not isinstance(argument, (int, torch.SymInt)):

@@ -1,4 +1,4 @@
-"""Integer expressions that are affine in indices and sizes, with bounds: what mask proofs compute with."""
+"""Integer expressions, affine in indices and sizes, with bounds: what mask proofs compute with."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def affine(value: int | Affine | Atom) -> Affine:
 
 
 def floor_div(of: Affine, by: int) -> Affine:
-    """``floor(of / by)``; multiples of ``by`` leave the division, a remainder in ``[0, by)`` is 0."""
+    """``floor(of / by)``; multiples of ``by`` leave the division, the rest stays if it must."""
     if by == 1:
         return of
     whole = Affine(of.const // by, {a: c // by for a, c in of.terms.items() if c % by == 0})

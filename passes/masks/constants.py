@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine
-from nsa_compile.passes.masks.conditions import FALSE, TRUE, Value, all_of, choose, ge
+from nsa_compile.passes.masks.conditions import FALSE, TRUE, ge
+from nsa_compile.passes.masks.logic import all_of
+from nsa_compile.passes.masks.values import Value, choose
 from nsa_compile.passes.masks.views import Index
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Larger than the causal buffer of an 8,192-token model; past it a proof by value costs real time.
 _MOST_ELEMENTS = 64 * 2**20
@@ -208,7 +209,7 @@ class Patterns:
         return total <= _MOST_ELEMENTS
 
 
-class _Deterministic(TorchDispatchMode):
+class _Deterministic(TorchDispatchMode):  # type: ignore[misc]
     """Refuses random operators: their value now says nothing about their value at run time."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

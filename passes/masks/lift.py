@@ -2,7 +2,7 @@
 
 ``lift(node, index)`` asks what ``node[index]`` is, where the index entries are affine in the
 positions b, h, i, j, and answers by asking the inputs. An element nobody understands becomes a
-``Load`` of the node that could not be seen through, so that what does not matter never stops a proof.
+``Load`` of the node that could not be seen through; what does not matter never stops a proof.
 """
 
 from __future__ import annotations
@@ -11,28 +11,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
-
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks import views
 from nsa_compile.passes.masks.affine import Affine, Load, affine, lower, upper
-from nsa_compile.passes.masks.conditions import (
-    FALSE,
-    TRUE,
+from nsa_compile.passes.masks.cast import cast
+from nsa_compile.passes.masks.conditions import FALSE, TRUE
+from nsa_compile.passes.masks.constants import Patterns
+from nsa_compile.passes.masks.mutation import Mutations
+from nsa_compile.passes.masks.sizes import Sizes
+from nsa_compile.passes.masks.values import (
     Unknown,
     Value,
     as_number,
     leaves,
     loads,
-    map_leaves,
     size,
     truth,
 )
-from nsa_compile.passes.masks.constants import Patterns
-from nsa_compile.passes.masks.mutation import Mutations
-from nsa_compile.passes.masks.sizes import Sizes
 from nsa_compile.passes.masks.views import Index, Stuck
+from torch import fx
 
 Rule = Callable[["Lifter", fx.Node, Op, Index], Value]
 
@@ -57,7 +55,7 @@ class Lifter:
         self._reader: fx.Node | None = None
 
     def read(self, node: fx.Node, index: Index, reader: fx.Node) -> Value:
-        """What ``reader`` sees in ``node[index]``: earlier in-place writes count, later ones do not."""
+        """What ``reader`` sees in ``node[index]``: earlier in-place writes, and no later ones."""
         self._reader = reader
         return self.lift(node, index)
 
@@ -107,6 +105,8 @@ class Lifter:
     def _lift(self, node: fx.Node, index: Index) -> Value:
         try:
             found = self._rule(node, index)
+            if dialect.value(node).dtype == torch.bool:
+                found = cast(found, torch.bool)
         except Stuck as stuck:
             pattern = self.patterns.evaluated(node)
             if pattern is None:
@@ -132,7 +132,7 @@ class Lifter:
             raise Stuck("an operator that mask proofs do not know")
         element = views.source(node, op, index, self.sizes, self.index_value)
         if element is not None:
-            return self.lift(element.node, element.index)
+            return self.lift(element.node, element.at)
         from nsa_compile.passes.masks.rules import RULES
 
         rule = RULES.get(op.name)
@@ -145,41 +145,14 @@ class Lifter:
         if fake.dtype.is_floating_point or fake.dtype.is_complex:
             return Unknown(Load(node, index, why=why))
         boolean = fake.dtype == torch.bool
-        load = Load(node, index, *((0, 1) if boolean else (None, None)), why)
+        load = Load(node, index, 0 if boolean else None, 1 if boolean else None, why)
         found = truth(affine(load)) if boolean else affine(load)
         assert found is not None
         return found
 
 
-def numbers(value: Value) -> Value:
-    """``value`` for arithmetic: conditions become 1 and 0.
-
-    Raises:
-        Stuck: it reads a floating-point element that the proof does not look into.
-    """
-    return map_leaves(value, _number)
-
-
-def _number(value: Value) -> Value:
-    if isinstance(value, Unknown):
-        raise Stuck(f"arithmetic on {dialect.describe(value.load.node)}")
-    return as_number(value)
-
-
-def condition(value: Value) -> Any:
-    """``value != 0``.
-
-    Raises:
-        Stuck: it reads a floating-point element that the proof does not look into.
-    """
-    found = truth(value)
-    if found is None:
-        raise Stuck("the truth of an unknown value")
-    return found
-
-
 def _fits(value: Value, node: fx.Node) -> bool:
-    """Whether the dtype of ``node`` holds ``value`` exactly, so that the mathematics is the program.
+    """Whether the dtype of ``node`` holds ``value`` exactly: then the mathematics is the program.
 
     float32 holds positions up to 2**24, int32 up to 2**31: longer than any sequence.
     """

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import fx
-
 from nsa_compile.passes import dialect
+from torch import fx
 
 # Results of these share memory with their first argument (or may: reshape, contiguous, to).
 _ALIASES = {
@@ -32,7 +31,7 @@ class Mutations:
         return bool(self._writes)
 
     def version(self, node: fx.Node, reader: fx.Node | None) -> fx.Node | str:
-        """The node whose functional form is what ``reader`` sees in ``node`` (None reads at the end).
+        """The node whose functional form ``reader`` sees in ``node`` (None reads at the end).
 
         Returns a text saying why when in-place writes through views make that unclear.
         """

@@ -1,25 +1,17 @@
-"""Name a lifted condition: causal(offset), window(w), padding, and their conjunctions, or refuse."""
+"""Name a lifted condition: causal(offset), window(w), padding and their conjunctions, or refuse."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import fx
-
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine, Load, Var
-from nsa_compile.passes.masks.conditions import (
-    FALSE,
-    All,
-    Condition,
-    Ge,
-    Ne,
-    loads,
-)
+from nsa_compile.passes.masks.conditions import FALSE, All, Condition, Ge, Ne, loads
 from nsa_compile.passes.masks.lift import is_batch, is_position
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Mask
+from torch import fx
 
 # Finds the node of a graph that holds a run-time integer, None when there is none.
 FindInteger = Callable[[Affine], "fx.Node | None"]

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
-
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks.affine import Affine, floor_div, lower, modulo
 from nsa_compile.passes.masks.sizes import Size, Sizes, product
+from torch import fx
 
 
 class Stuck(Exception):
@@ -19,10 +18,10 @@ class Stuck(Exception):
 
 
 class Element(NamedTuple):
-    """An element ``node[index]``."""
+    """The element ``node[at]``."""
 
     node: fx.Node
-    index: tuple[Affine, ...]
+    at: tuple[Affine, ...]
 
 
 Index = tuple[Affine, ...]

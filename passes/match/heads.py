@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import fx
-
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import views
 from nsa_compile.passes.masks.affine import Affine, Var, affine, floor_div
 from nsa_compile.passes.masks.sizes import Sizes
+from torch import fx
 
 # unsqueeze, expand, reshape, contiguous and a cast or two: longer chains are no repetition.
 _LONGEST = 8

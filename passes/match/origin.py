@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# Dynamo names a module by the local variable it was reached from: L['self'].model, L['fn'].layers.0.
+# Dynamo names a module by the local it was reached from: L['self'].model, L['fn'].layers.0.
 _LOCAL = re.compile(r"^[LG]\[(?P<quote>['\"])(?P<name>.*?)(?P=quote)\]\.?")
 _ITEM = re.compile(r"\[['\"]?(.*?)['\"]?\]")
 _MODULES_OF = re.compile(r"\._(?:modules|parameters|buffers)(?=[.\[])")
@@ -33,7 +33,7 @@ def module(node: fx.Node) -> tuple[str, str]:
 
 
 def clean_path(path: str) -> str:
-    """``L['self'].model.layers.0`` and ``L['fn'].layers[0]`` as ``model.layers.0`` and ``layers.0``."""
+    """``L['self'].model.layers.0`` as ``model.layers.0``; ``L['fn'].layers[0]`` as ``layers.0``."""
     path = _LOCAL.sub("", path)
     path = _MODULES_OF.sub("", path)
     return _ITEM.sub(r".\1", path).strip(".")

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
-
 from nsa_compile.passes import dialect
+from torch import fx
 
 _SDPA = "scaled_dot_product_attention"
 

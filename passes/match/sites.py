@@ -1,4 +1,4 @@
-"""Assemble attention sites: roots with their heads undone, their mask proven, their origin named."""
+"""Assemble attention sites: roots with heads undone, mask proven and origin named."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
-
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import Geometry, Prover
 from nsa_compile.passes.masks.sizes import Size
@@ -15,6 +13,7 @@ from nsa_compile.passes.match import heads, origin
 from nsa_compile.passes.match.roots import Root, find_roots
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Mask
+from torch import fx
 
 
 def find_sites(

@@ -1,0 +1,226 @@
+"""Elements of pointwise operators: arithmetic, comparison, logic, selection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from nsa_compile.passes import dialect
+from nsa_compile.passes.dialect import Op
+from nsa_compile.passes.masks.affine import Affine, floor_div, modulo
+from nsa_compile.passes.masks.cast import cast, condition, numbers
+from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition, eq, ge, ne
+from nsa_compile.passes.masks.lift import Lifter, Rule
+from nsa_compile.passes.masks.logic import all_of, any_of, negation
+from nsa_compile.passes.masks.values import Value, choose, map_leaves, pairs
+from nsa_compile.passes.masks.views import Index, Stuck
+from torch import fx
+
+
+def _compare(of: Callable[[Affine], Condition], decide: Callable[[float], bool]) -> Rule:
+    """``x - y`` compared with 0: ``of`` for integers, ``decide`` for other constants."""
+
+    def leaf(x: Value, y: Value) -> Value:
+        if isinstance(x, Affine) and isinstance(y, Affine):
+            return of(x - y)
+        return TRUE if decide(_difference(x, y)) else FALSE
+
+    def rule(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+        return _pairwise(lifter, node, op, index, leaf)
+
+    return rule
+
+
+def _difference(x: Value, y: Value) -> float:
+    first, second = _constant(x), _constant(y)
+    return 0.0 if first == second else first - second
+
+
+def _constant(value: Value) -> float:
+    if isinstance(value, float):
+        return value
+    if isinstance(value, Affine) and value.constant is not None:
+        return float(value.constant)
+    raise Stuck("a comparison of a position with a fraction")
+
+
+def _pairwise(
+    lifter: Lifter, node: fx.Node, op: Op, index: Index, leaf: Callable[[Value, Value], Value]
+) -> Value:
+    """``leaf`` of every pair of branches of the operands, as numbers."""
+    x = numbers(lifter.operand(node, op["x"], index))
+    y = numbers(lifter.operand(node, op["y"], index))
+    return pairs(x, y, leaf)
+
+
+def _arithmetic(
+    exact: Callable[[Affine, Affine], Affine | None], constant: Callable[[float, float], float]
+) -> Rule:
+    """``exact`` on affine operands (None: it does not stay affine), else ``constant``."""
+
+    def leaf(x: Value, y: Value) -> Value:
+        if isinstance(x, Affine) and isinstance(y, Affine):
+            found = exact(x, y)
+            if found is not None:
+                return found
+        result = constant(_constant(x), _constant(y))
+        return Affine(int(result)) if result.is_integer() else result
+
+    def rule(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+        if op["alpha"] not in (None, 1) or op["rounding_mode"] is not None:
+            raise Stuck(f"{op.name} with alpha or rounding_mode")
+        return _pairwise(lifter, node, op, index, leaf)
+
+    return rule
+
+
+def _times(x: Affine, y: Affine) -> Affine | None:
+    for factor, other in ((x.constant, y), (y.constant, x)):
+        if factor is not None:
+            return other.times(factor)
+    raise Stuck("a product of two positions")
+
+
+def _over(x: Affine, y: Affine) -> Affine | None:
+    if y.constant in (1, -1):
+        return x.times(y.const)
+    return None
+
+
+def _divide(x: float, y: float) -> float:
+    if y == 0:
+        raise Stuck("a division by zero")
+    return x / y
+
+
+def _floor(x: Affine, y: Affine) -> Affine | None:
+    return floor_div(x, _positive(y))
+
+
+def _mod(x: Affine, y: Affine) -> Affine | None:
+    return modulo(x, _positive(y))
+
+
+def _positive(y: Affine) -> int:
+    if y.constant is None or y.constant < 1:
+        raise Stuck("a division by a run-time value")
+    return y.constant
+
+
+def _no_floats(x: float, y: float) -> float:
+    raise Stuck("integer division of a fraction")
+
+
+def _neg(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+    return map_leaves(numbers(lifter.operand(node, op["x"], index)), _negative)
+
+
+def _negative(value: Value) -> Value:
+    return -value if isinstance(value, (Affine, float)) else value
+
+
+def _abs(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+    return map_leaves(
+        numbers(lifter.operand(node, op["x"], index)), lambda x: _larger(x, _negative(x))
+    )
+
+
+def _larger(x: Value, y: Value) -> Value:
+    if isinstance(x, Affine) and isinstance(y, Affine):
+        return choose(ge(x - y), x, y)
+    return x if _difference(x, y) >= 0 else y
+
+
+def _smaller(x: Value, y: Value) -> Value:
+    return _negative(_larger(_negative(x), _negative(y)))
+
+
+def _extreme(leaf: Callable[[Value, Value], Value]) -> Rule:
+    def rule(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+        return _pairwise(lifter, node, op, index, leaf)
+
+    return rule
+
+
+def _clamp(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+    value = numbers(lifter.operand(node, op["x"], index))
+    if op["min"] is not None:
+        value = pairs(value, numbers(lifter.operand(node, op["min"], index)), _larger)
+    if op["max"] is not None:
+        value = pairs(value, numbers(lifter.operand(node, op["max"], index)), _smaller)
+    return value
+
+
+def _logic(join: Callable[[list[Condition]], Condition], *, logical: bool) -> Rule:
+    """and / or: bitwise forms only on booleans, logical forms on anything."""
+
+    def rule(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+        if not logical and dialect.value(node).dtype != torch.bool:
+            raise Stuck("bitwise logic on integers")
+        x = condition(lifter.operand(node, op["x"], index))
+        y = condition(lifter.operand(node, op["y"], index))
+        return join([x, y])
+
+    return rule
+
+
+def _differ(parts: list[Condition]) -> Condition:
+    x, y = parts
+    return any_of([all_of([x, negation(y)]), all_of([negation(x), y])])
+
+
+def _not(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+    if dialect.value(node).dtype != torch.bool:
+        raise Stuck("bitwise not on integers")
+    return negation(condition(lifter.operand(node, op["x"], index)))
+
+
+def _logical_not(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+    return negation(condition(lifter.operand(node, op["x"], index)))
+
+
+def _where(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+    dtype = dialect.value(node).dtype
+    test = condition(lifter.operand(node, op["condition"], index))
+    then = cast(lifter.operand(node, op["x"], index), dtype)
+    otherwise = cast(lifter.operand(node, op["y"], index), dtype)
+    return choose(test, then, otherwise)
+
+
+def _masked_fill(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+    dtype = dialect.value(node).dtype
+    test = condition(lifter.operand(node, op["mask"], index))
+    then = cast(lifter.operand(node, op["value"], index), dtype)
+    return choose(test, then, lifter.operand(node, op["x"], index))
+
+
+RULES: dict[str, Rule] = {
+    "eq": _compare(eq, lambda d: d == 0),
+    "ne": _compare(ne, lambda d: d != 0),
+    "ge": _compare(ge, lambda d: d >= 0),
+    "gt": _compare(lambda d: ge(d - 1), lambda d: d > 0),
+    "le": _compare(lambda d: ge(-d), lambda d: d <= 0),
+    "lt": _compare(lambda d: ge(-d - 1), lambda d: d < 0),
+    "and": _logic(all_of, logical=False),
+    "or": _logic(any_of, logical=False),
+    "xor": _logic(_differ, logical=False),
+    "not": _not,
+    "logical_not": _logical_not,
+    "logical_and": _logic(all_of, logical=True),
+    "logical_or": _logic(any_of, logical=True),
+    "logical_xor": _logic(_differ, logical=True),
+    "add": _arithmetic(lambda x, y: x + y, lambda x, y: x + y),
+    "sub": _arithmetic(lambda x, y: x - y, lambda x, y: x - y),
+    "rsub": _arithmetic(lambda x, y: y - x, lambda x, y: y - x),
+    "mul": _arithmetic(_times, lambda x, y: x * y),
+    "div": _arithmetic(_over, _divide),
+    "floordiv": _arithmetic(_floor, _no_floats),
+    "mod": _arithmetic(_mod, _no_floats),
+    "neg": _neg,
+    "abs": _abs,
+    "minimum": _extreme(_smaller),
+    "maximum": _extreme(_larger),
+    "clamp": _clamp,
+    "where": _where,
+    "masked_fill": _masked_fill,
+}

@@ -1,0 +1,100 @@
+"""And, or and not of conditions, simplified as they are built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nsa_compile.passes.masks.affine import Affine
+from nsa_compile.passes.masks.conditions import (
+    FALSE,
+    TRUE,
+    All,
+    Any_,
+    Condition,
+    Eq,
+    Ge,
+    Ne,
+    conjuncts,
+    ge,
+)
+from nsa_compile.passes.masks.intervals import united
+
+
+def negation(condition: Condition) -> Condition:
+    """The opposite, pushed to the atoms; the opposite of ``x >= 0`` is ``-x - 1 >= 0``."""
+    if isinstance(condition, Ge):
+        return ge(-condition.of - 1)
+    if isinstance(condition, Eq):
+        return Ne(condition.of)
+    if isinstance(condition, Ne):
+        return Eq(condition.of)
+    inner = [negation(c) for c in condition.of]
+    return any_of(inner) if isinstance(condition, All) else all_of(inner)
+
+
+def all_of(conditions: Iterable[Condition]) -> Condition:
+    """Conjunction: flat, without duplicates, the tightest of comparable bounds."""
+    flat: set[Condition] = set()
+    for condition in conditions:
+        flat.update(condition.of if isinstance(condition, All) else (condition,))
+    if FALSE in flat:
+        return FALSE
+    flat = _tightest(flat)
+    if any(_negated_atom(c) in flat for c in flat):
+        return FALSE
+    if _empty_interval(flat):
+        return FALSE
+    # x and (x or y) is x
+    flat = {c for c in flat if not (isinstance(c, Any_) and c.of & flat)}
+    return next(iter(flat)) if len(flat) == 1 else All(frozenset(flat))
+
+
+def any_of(conditions: Iterable[Condition]) -> Condition:
+    """Disjunction: flat, common factors taken out, touching intervals of one direction united."""
+    flat: set[Condition] = set()
+    for condition in conditions:
+        flat.update(condition.of if isinstance(condition, Any_) else (condition,))
+    if TRUE in flat:
+        return TRUE
+    if len(flat) < 2:
+        return next(iter(flat)) if flat else FALSE
+    if any(_negated_atom(c) in flat for c in flat):
+        return TRUE
+    common = frozenset.intersection(*(conjuncts(c) for c in flat))
+    if common:
+        rests = [all_of(conjuncts(c) - common) for c in flat]
+        return all_of([*common, any_of(rests)])
+    pieces = united(flat)
+    if len(pieces) == 1:
+        return next(iter(pieces))
+    return Any_(frozenset(pieces))
+
+
+def _negated_atom(condition: Condition) -> Condition | None:
+    if isinstance(condition, Ge):
+        return Ge(-condition.of - 1)
+    if isinstance(condition, Eq):
+        return Ne(condition.of)
+    if isinstance(condition, Ne):
+        return Eq(condition.of)
+    return None
+
+
+def _tightest(conditions: set[Condition]) -> set[Condition]:
+    """Of bounds that differ in the constant only, the one that implies the others."""
+    best: dict[Affine, Ge] = {}
+    kept: set[Condition] = set()
+    for condition in conditions:
+        if not isinstance(condition, Ge):
+            kept.add(condition)
+            continue
+        direction = condition.of.linear()
+        if direction not in best or condition.of.const < best[direction].of.const:
+            best[direction] = condition
+    return kept | set(best.values())
+
+
+def _empty_interval(conditions: set[Condition]) -> bool:
+    """Whether two bounds exclude each other: ``x + a >= 0``, ``b - x >= 0`` and ``a + b < 0``."""
+    bounds = {c.of.linear(): c.of.const for c in conditions if isinstance(c, Ge)}
+    return any(-d in bounds and bounds[-d] + const < 0 for d, const in bounds.items())
