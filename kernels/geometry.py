@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -49,6 +50,21 @@ def visible_keys(
         high = stop
     elif window is not None:
         high = stop - 1 + window
+    high = max(0, min(high, kv_len))
+    return min(low, high), high
+
+
+def fully_visible_keys(
+    positions: tuple[int, int], causal: bool, window: int | None, kv_len: int
+) -> tuple[int, int]:
+    """Keys that every position of ``[first, stop)`` sees; low == high when there is none."""
+    first, stop = positions
+    low = 0 if window is None else max(0, stop - window)
+    high = kv_len
+    if causal:
+        high = first + 1
+    elif window is not None:
+        high = first + window
     high = max(0, min(high, kv_len))
     return min(low, high), high
 
@@ -162,3 +178,37 @@ def overlap_weights(
         if tokens > 0:
             pairs.append((delta, tokens / compress_stride))
     return tuple(pairs)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The lengths, mask and block sizes that decide which keys a run of query tiles may see."""
+
+    q_len: int
+    kv_len: int
+    causal: bool
+    offset: int
+    window: int | None
+    query_tile: int
+    block: int
+
+    @property
+    def tiles(self) -> int:
+        return num_tiles(self.q_len, self.query_tile)
+
+    @property
+    def blocks(self) -> int:
+        return num_blocks(self.kv_len, self.block)
+
+    def positions(self, first_tile: int, last_tile: int) -> tuple[int, int]:
+        """Positions ``[first, stop)`` of the queries of tiles ``[first_tile, last_tile)``."""
+        count = last_tile - first_tile
+        return tile_positions(first_tile, self.query_tile, self.q_len, self.offset, count)
+
+    def visible_keys(self, positions: tuple[int, int]) -> tuple[int, int]:
+        """Keys that some position sees."""
+        return visible_keys(positions, self.causal, self.window, self.kv_len)
+
+    def fully_visible_keys(self, positions: tuple[int, int]) -> tuple[int, int]:
+        """Keys that every position sees; may be empty."""
+        return fully_visible_keys(positions, self.causal, self.window, self.kv_len)

@@ -1,0 +1,49 @@
+"""Attention over selected blocks, written out with explicit [Tq, Tk] matrices: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(
+    q_len: int, kv_len: int, causal: bool, offset: int, window: int | None, valid: Tensor | None
+) -> Tensor:
+    """The site's own mask: bool [Tq, Tk], or [B, Tq, Tk] with padding. True is a key that is seen."""
+    device = None if valid is None else valid.device
+    p = torch.arange(q_len, device=device)[:, None] + offset
+    j = torch.arange(kv_len, device=device)[None, :]
+    mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
+    if causal:
+        mask &= j <= p
+    if window is not None:
+        mask &= (j > p - window) if causal else ((p - j).abs() < window)
+    return mask if valid is None else mask & valid[:, None, :]
+
+
+def selected(block_indices: Tensor, q_len: int, kv_len: int, query_tile: int, block: int) -> Tensor:
+    """Keys in the selected blocks: bool [B, Hkv, Tq, Tk]."""
+    tile_of_query = torch.arange(q_len, device=block_indices.device) // query_tile
+    block_of_key = torch.arange(kv_len, device=block_indices.device) // block
+    chosen = block_indices[:, :, tile_of_query]
+    return (chosen[..., None] == block_of_key).any(dim=-2)
+
+
+def selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, valid: Tensor | None, scale: float,
+    causal: bool, offset: int, window: int | None, query_tile: int, block: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]); a query that sees nothing has out 0 and lse -inf."""
+    group = q.shape[1] // k.shape[1]
+    q_len, kv_len = q.shape[2], k.shape[2]
+    mask = visible(q_len, kv_len, causal, offset, window, valid)
+    mask = mask if valid is None else mask[:, None]
+    mask = mask & selected(block_indices, q_len, kv_len, query_tile, block)
+    mask = mask.repeat_interleave(group, dim=1)
+    scores = scale * (q @ k.repeat_interleave(group, dim=1).transpose(-1, -2))
+    scores = scores.masked_fill(~mask, -torch.inf)
+    sees = mask.any(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.where(sees, 0.0), dim=-1).where(mask, 0.0)
+    out = weights @ v.repeat_interleave(group, dim=1)
+    lse = torch.logsumexp(scores.where(sees, 0.0), dim=-1)
+    return out, lse.where(sees[..., 0], -torch.inf)

@@ -1,0 +1,1 @@
+"""Pooling keys into compressed blocks."""

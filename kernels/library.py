@@ -1,0 +1,8 @@
+"""Registers every operator of the namespace ``nsa`` with torch.library by importing it."""
+
+from __future__ import annotations
+
+import nsa_compile.kernels.attend.op
+import nsa_compile.kernels.compress.op
+import nsa_compile.kernels.score.op
+import nsa_compile.kernels.select.op  # noqa: F401

@@ -1,0 +1,1 @@
+"""How much each block of keys matters to a tile of queries."""

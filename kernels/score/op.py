@@ -1,0 +1,48 @@
+"""nsa::channels: the channels of each kv head that carry the product of queries and keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nsa_compile.kernels.autograd import not_differentiable
+from nsa_compile.kernels.launchers import launchers
+from nsa_compile.kernels.score import cpu
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_lib = torch.library.Library("nsa", "FRAGMENT")
+_lib.define(
+    "channels(Tensor q, Tensor k, Tensor? valid, int num_channels, int dense_len) -> Tensor"
+)
+
+
+@torch.library.impl(_lib, "channels", "CPU")
+def _cpu(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int, dense_len: int) -> Tensor:
+    if k.shape[2] <= dense_len:
+        return _fake(q, k, valid, num_channels, dense_len).zero_()
+    return cpu.channels(q, k, valid, num_channels)
+
+
+@torch.library.impl(_lib, "channels", "CUDA")
+def _cuda(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int, dense_len: int) -> Tensor:
+    if k.shape[2] <= dense_len:
+        return _fake(q, k, valid, num_channels, dense_len).zero_()
+    return launchers("score").channels(q, k, valid, num_channels)
+
+
+@torch.library.register_fake("nsa::channels", lib=_lib)
+def _fake(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int, dense_len: int) -> Tensor:
+    shape = (k.shape[0], k.shape[1], min(num_channels, k.shape[3]))
+    return k.new_empty(shape, dtype=torch.int32)
+
+
+not_differentiable(_lib, "channels")
+
+
+@register_flop_formula(torch.ops.nsa.channels)
+def _flops(q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """A square and a sum for each query entry, twice that for each key entry."""
+    batch, q_heads, q_len, dim = q_shape
+    _, kv_heads, kv_len, _ = k_shape
+    return 2 * batch * dim * (q_heads * q_len + 2 * kv_heads * kv_len)

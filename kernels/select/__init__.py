@@ -1,0 +1,1 @@
+"""Which blocks a tile of queries reads."""

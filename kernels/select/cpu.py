@@ -1,0 +1,80 @@
+"""Choosing blocks in plain PyTorch: forced blocks, then the highest scores, a run of tiles a time."""
+
+from __future__ import annotations
+
+import torch
+from nsa_compile.kernels import geometry
+from nsa_compile.kernels.geometry import Tiling
+from nsa_compile.kernels.score.cpu import ChannelScorer, MeanScorer
+from nsa_compile.kernels.visibility import visible_blocks
+from torch import Tensor
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scorer: str, scale: float,
+    causal: bool, offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
+    init_blocks: int, local_window: int, compress_block: int, compress_stride: int,
+) -> Tensor:  # fmt: skip
+    """int32 [B, Hkv, NT, n], ascending, padded with -1; see the reference for what they mean."""
+    tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
+    if scorer == "channels":
+        scoring = ChannelScorer(q, k, summary, valid, scale, tiling)
+    else:
+        scoring = MeanScorer(q, k, summary, valid, scale, tiling, compress_block, compress_stride)
+    shape = (*k.shape[:2], tiling.tiles, num_selected)
+    chosen = torch.empty(shape, dtype=torch.int32)
+    step = scoring.run_of_tiles()
+    for first in range(0, tiling.tiles, step):
+        tiles = range(first, min(first + step, tiling.tiles))
+        visible = visible_blocks(tiling, tiles, valid)[:, None]
+        forced = _forced_blocks(tiling, tiles, init_blocks, local_window)
+        if tiling.blocks > num_selected:
+            scores = scoring.scores(tiles.start, tiles.stop).unflatten(0, k.shape[:2])
+        else:
+            # The budget holds every block, so the scores decide nothing.
+            scores = torch.zeros(*k.shape[:2], len(tiles), tiling.blocks)
+        scores = scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
+        chosen[:, :, tiles.start : tiles.stop] = best_blocks(scores, num_selected)
+    return chosen
+
+
+def _forced_blocks(tiling: Tiling, tiles: range, init_blocks: int, local_window: int) -> Tensor:
+    """bool [len(tiles), Ns]: initial blocks and those the local window touches."""
+    ranges = [
+        geometry.window_blocks(
+            t, tiling.query_tile, tiling.q_len, tiling.kv_len, tiling.offset, tiling.causal,
+            local_window, tiling.block,
+        )
+        for t in tiles
+    ]  # fmt: skip
+    first, stop = torch.tensor(ranges, dtype=torch.int64).view(-1, 2).T[..., None]
+    index = torch.arange(tiling.blocks)
+    return (index < init_blocks) | ((index >= first) & (index < stop))
+
+
+def best_blocks(scores: Tensor, num_selected: int) -> Tensor:
+    """int32 [..., n], ascending, of the n largest scores; -inf is never chosen, -1 fills up."""
+    blocks = scores.shape[-1]
+    if blocks > num_selected:
+        best = _top(scores, num_selected)
+    else:
+        best = torch.arange(blocks).expand(scores.shape)
+    best = best.masked_fill(scores.gather(-1, best) == -torch.inf, blocks).sort(dim=-1).values
+    best = best.masked_fill(best == blocks, -1).to(torch.int32)
+    return torch.nn.functional.pad(best, (0, num_selected - best.shape[-1]), value=-1)
+
+
+def _top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest scores, in no order; ties go to the lower index.
+
+    torch.topk promises nothing about ties, so float32 scores (never negative, but -inf) are ranked
+    as integers that hold the score's bits above the reversed index.
+    """
+    if scores.dtype != torch.float32:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    blocks = scores.shape[-1]
+    reversed_index = torch.arange(blocks - 1, -1, -1)
+    bits = scores.view(torch.int32).to(torch.int64)
+    keys = bits.clamp_(min=-1).mul_(1 << 32).add_(reversed_index)
+    kept = keys.topk(count, dim=-1, sorted=False).values
+    return (blocks - 1) - (kept & 0xFFFFFFFF)

@@ -1,0 +1,79 @@
+"""nsa::select_blocks: the blocks of keys that each tile of queries reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nsa_compile.kernels import geometry
+from nsa_compile.kernels.autograd import not_differentiable
+from nsa_compile.kernels.launchers import launchers
+from nsa_compile.kernels.select import cpu
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_lib = torch.library.Library("nsa", "FRAGMENT")
+_lib.define(
+    "select_blocks(Tensor q, Tensor k, Tensor summary, Tensor? valid, str scorer, float scale, "
+    "bool causal, SymInt offset, int? window, int query_tile, int block, int num_selected, "
+    "int init_blocks, int local_window, int compress_block, int compress_stride, int dense_len"
+    ") -> Tensor"
+)
+
+
+@torch.library.register_fake("nsa::select_blocks", lib=_lib)
+def _fake(
+    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scorer: str, scale: float,
+    causal: bool, offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
+    init_blocks: int, local_window: int, compress_block: int, compress_stride: int, dense_len: int,
+) -> Tensor:  # fmt: skip
+    tiles = geometry.num_tiles(q.shape[2], query_tile)
+    return q.new_empty((k.shape[0], k.shape[1], tiles, num_selected), dtype=torch.int32)
+
+
+def _dispatch(implementation: Any) -> Any:
+    """The op's kernel around ``implementation``: the dense switch and the budget check."""
+
+    def kernel(
+        q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scorer: str, scale: float,
+        causal: bool, offset: int, window: int | None, query_tile: int, block: int,
+        num_selected: int, init_blocks: int, local_window: int, compress_block: int,
+        compress_stride: int, dense_len: int,
+    ) -> Tensor:  # fmt: skip
+        sizes = (query_tile, block, num_selected, init_blocks, local_window)
+        compression = (compress_block, compress_stride)
+        if k.shape[2] <= dense_len:
+            return _fake(
+                q, k, summary, valid, scorer, scale, causal, offset, window, *sizes, *compression,
+                dense_len,
+            ).fill_(-1)  # fmt: skip
+        geometry.check_budget(
+            num_selected, query_tile, q.shape[2], k.shape[2], offset, causal, window, init_blocks,
+            local_window, block,
+        )  # fmt: skip
+        return implementation()(
+            q, k, summary, valid, scorer, scale, causal, offset, window, *sizes, *compression
+        )
+
+    return kernel
+
+
+_lib.impl("select_blocks", _dispatch(lambda: cpu.select_blocks), "CPU")
+_lib.impl("select_blocks", _dispatch(lambda: launchers("select").select_blocks), "CUDA")
+
+not_differentiable(_lib, "select_blocks")
+
+
+@register_flop_formula(torch.ops.nsa.select_blocks)
+def _flops(
+    q_shape: Any, k_shape: Any, summary_shape: Any, valid: Any, scorer: str, *args: Any,
+    out_shape: Any = None, **kwargs: Any,
+) -> int:  # fmt: skip
+    """One logit for each query and key on r channels, or for each query and compressed block."""
+    dense_len = kwargs.get("dense_len", args[-1] if args else 0)
+    batch, q_heads, q_len, dim = q_shape
+    if k_shape[2] <= dense_len:
+        return 0
+    if scorer == "channels":
+        return 2 * batch * q_heads * q_len * k_shape[2] * summary_shape[2]
+    return 2 * batch * q_heads * q_len * summary_shape[2] * dim
