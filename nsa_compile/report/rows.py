@@ -65,8 +65,10 @@ def _row(group: list[SiteRecord]) -> Row:
 
 
 def _flops(site: SiteRecord) -> str:
-    dense = _amount(site.flops_dense)
-    return dense if site.flops_sparse is None else f"{dense} -> {_amount(site.flops_sparse)}"
+    dense, sparse = site.flops_dense, site.flops_sparse
+    if sparse is None or sparse == dense:
+        return _amount(dense)
+    return f"{_amount(dense)} -> {_amount(sparse)}"
 
 
 def _saving(site: SiteRecord) -> str:

@@ -1,0 +1,140 @@
+"""Capture: a model on the meta device -> the graphs that torch.compile would hand to a backend."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.utils import counters
+from torch._guards import CompileContext
+
+from nsa_compile.dynamo_text import headline, mixes_devices
+
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+# Capturing one model must not be cut short by what else was compiled in this process.
+_NO_LIMIT = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """One graph: ``values`` holds the tensors of placeholders (buffers) whose value is known."""
+
+    gm: fx.GraphModule
+    values: dict[fx.Node, torch.Tensor]
+    compile_id: str
+
+
+@dataclass
+class Capture:
+    """What torch.compile saw of one forward call.
+
+    Attributes:
+        graphs: one for each frame that was captured; graph breaks make several.
+        failures: code that could not be captured, as text: attention in it is not in any graph.
+        notes: graph breaks, as text.
+        error: the exception that ended the forward early, or None.
+        seconds: time that Dynamo and the meta forward took.
+    """
+
+    graphs: list[CapturedGraph] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    error: Exception | None = None
+    seconds: float = 0.0
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    dynamic: bool = False,
+    values: Mapping[int, torch.Tensor] | None = None,
+) -> Capture:
+    """Run ``model(*args, **kwargs)`` on the meta device and keep every graph that is compiled.
+
+    Args:
+        model: all parameters and buffers on the meta device.
+        args, kwargs: inputs; tensors on the meta device.
+        dynamic: capture with symbolic sizes.
+        values: real values of buffers, by the ``id`` of the meta tensor in ``model``.
+
+    Returns:
+        The graphs, with failures as values: an exception of the forward is in ``error``.
+    """
+    start = time.perf_counter()
+    result = _run(model, args, kwargs, dynamic, values or {}, nullcontext())
+    if result.error is not None and mixes_devices(result.error):
+        # The forward makes tensors without naming a device. Dynamo traces a default device three
+        # times slower, so only models that need it pay for it.
+        result = _run(model, args, kwargs, dynamic, values or {}, _META)
+    result.seconds = time.perf_counter() - start
+    for graph in result.graphs:
+        _constants_to_cpu(graph.gm.graph)
+    return result
+
+
+def _run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic: bool,
+    values: Mapping[int, torch.Tensor],
+    default_device: AbstractContextManager[Any],
+) -> Capture:
+    result = Capture()
+    compiled = torch.compile(model, backend=_keeper(result, values), dynamic=dynamic)
+    limits = torch._dynamo.config.patch(**_NO_LIMIT)
+    with _dynamo_counters(result), limits, default_device:
+        try:
+            compiled(*args, **kwargs)
+        except Exception as error:
+            result.error = error
+    return result
+
+
+def _keeper(result: Capture, values: Mapping[int, torch.Tensor]) -> Callable[..., Any]:
+    """A backend that keeps its graphs in ``result`` and runs them as they are."""
+
+    def keep(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        known = {
+            node: values[id(value)]
+            for node, value in zip(placeholders, example_inputs, strict=True)
+            if id(value) in values
+        }
+        compile_id = str(CompileContext.current_compile_id() or "")
+        result.graphs.append(CapturedGraph(gm, known, compile_id))
+        return gm.forward
+
+    return keep
+
+
+@contextmanager
+def _dynamo_counters(result: Capture) -> Iterator[None]:
+    """Turn what Dynamo counted during the block into failures and notes."""
+    before = {name: Counter(counters[name]) for name in ("frames", "graph_break", "unimplemented")}
+    yield
+    new = {name: Counter(counters[name]) - known for name, known in before.items()}
+    breaks = [headline(reason) for reason in new["graph_break"]]
+    skipped = new["frames"]["total"] - new["frames"]["ok"]
+    if skipped > 0 and result.error is None:
+        reasons = [headline(reason) for reason in new["unimplemented"]] or ["no reason given"]
+        result.failures.append(
+            f"{skipped} function{'s' * (skipped > 1)} could not be captured and would run in "
+            f"eager mode; attention in such code is not listed: {'; '.join(dict.fromkeys(reasons))}"
+        )
+    result.notes += [f"graph break: {reason}" for reason in dict.fromkeys(breaks)]
+
+
+def _constants_to_cpu(graph: fx.Graph) -> None:
+    """Let tensor factories in the graph name the CPU: a proof may evaluate them for values."""
+    for node in graph.nodes:
+        if node.kwargs.get("device") == _META:
+            node.kwargs = {**node.kwargs, "device": _CPU}

@@ -1,0 +1,107 @@
+"""Target -> report: build, capture and convert on the meta device, showing progress."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import nsa_compile.kernels.library  # noqa: F401  (the rewriter names its operators)
+from nsa_compile.capture import Capture, capture
+from nsa_compile.dynamo_text import describe, needs_data
+from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.cost import record
+from nsa_compile.passes.pipeline import convert
+from nsa_compile.passes.site import SiteRecord
+from nsa_compile.report import RewriteReport
+from nsa_compile.targets import Request, Target, load
+
+
+class ForwardError(Exception):
+    """The model's own forward refused the inputs."""
+
+
+def preview(request: Request, config: NSAConfig) -> tuple[RewriteReport, list[str]]:
+    """What the backend would do to the model that ``request`` names -> report, notes.
+
+    Raises:
+        TargetError: the target cannot be used.
+        ForwardError: the model's forward fails on the inputs.
+    """
+    with _progress() as step:
+        step(f"building {request.target} on the meta device")
+        target = load(request)
+        step("capturing the graph")
+        captured = _captured(target, request)
+        step("converting")
+        report = _report(target, captured, config)
+    return report, target.notes + captured.notes
+
+
+def _captured(target: Target, request: Request) -> Capture:
+    target.model.train(request.train)
+    with torch.set_grad_enabled(request.train), _quiet():
+        captured = capture(target.model, target.args, target.kwargs, values=target.values)
+    error = captured.error
+    if error is None:
+        return captured
+    if needs_data(error):
+        captured.failures.append(
+            "the forward reads tensor values, which do not exist on the meta device; what follows "
+            f"was not captured ({describe(error)})"
+        )
+        return captured
+    raise ForwardError(
+        f"the forward of {target.name} failed with these inputs ({_shapes(target)}): "
+        f"{describe(error)}; change the inputs, --seq-len or --batch"
+    ) from error
+
+
+def _report(target: Target, captured: Capture, config: NSAConfig) -> RewriteReport:
+    records: list[SiteRecord] = []
+    failures = list(captured.failures)
+    for graph in captured.graphs:
+        try:
+            decisions = convert(graph.gm, config, values=graph.values).decisions
+            records += [record(decision, graph.compile_id) for decision in decisions]
+        except Exception as error:  # ours, not the user's: reported like the backend reports it
+            failures.append(f"graph {graph.compile_id} stays dense: {describe(error)}")
+    return RewriteReport.merge(target.name, records, failures)
+
+
+def _shapes(target: Target) -> str:
+    named = [*((None, value) for value in target.args), *target.kwargs.items()]
+    texts = []
+    for name, value in named:
+        text = f"{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:40]
+        texts.append(f"{name}={text}" if name else text)
+    return ", ".join(texts) or "none"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back torch's log: it prints tracebacks of errors that are reported here in a line."""
+    before = logging.root.manager.disable
+    if "TORCH_LOGS" not in os.environ:
+        logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner and a clock on standard error, when that is a terminal."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text: bar.update(task, description=text)
