@@ -1,4 +1,4 @@
-"""Attention over selected blocks, written out with explicit [Tq, Tk] matrices: the specification."""
+"""Attention over selected blocks, with explicit [Tq, Tk] matrices: the specification."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def visible(
     q_len: int, kv_len: int, causal: bool, offset: int, window: int | None, valid: Tensor | None
 ) -> Tensor:
-    """The site's own mask: bool [Tq, Tk], or [B, Tq, Tk] with padding. True is a key that is seen."""
+    """The site's own mask, True where a key is seen: [Tq, Tk], or [B, Tq, Tk] with padding."""
     device = None if valid is None else valid.device
     p = torch.arange(q_len, device=device)[:, None] + offset
     j = torch.arange(kv_len, device=device)[None, :]

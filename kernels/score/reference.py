@@ -16,9 +16,7 @@ def channels(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int) -> T
 
 def channel_strength(q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
     """[B, Hkv, D]: E over the group's heads and queries, Var over the valid keys."""
-    batch, q_heads, q_len, dim = q.shape
-    kv_heads = k.shape[1]
-    energy = (q**2).reshape(batch, kv_heads, -1, dim).mean(dim=2)
+    energy = (q**2).reshape(*k.shape[:2], -1, k.shape[3]).mean(dim=2)
     if valid is None:
         return energy * k.var(dim=2, correction=0)
     weight = valid[:, None, :, None].to(k.dtype)

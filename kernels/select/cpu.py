@@ -1,4 +1,4 @@
-"""Choosing blocks in plain PyTorch: forced blocks, then the highest scores, a run of tiles a time."""
+"""Choosing blocks in plain PyTorch: the forced ones, then the highest scores."""
 
 from __future__ import annotations
 
