@@ -112,11 +112,11 @@ def _no_floats(x: float, y: float) -> float:
 
 
 def _neg(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
-    return map_leaves(numbers(lifter.operand(node, op["x"], index)), _negative)
+    return _negative(numbers(lifter.operand(node, op["x"], index)))
 
 
 def _negative(value: Value) -> Value:
-    return -value if isinstance(value, (Affine, float)) else value
+    return map_leaves(value, lambda v: -v if isinstance(v, (Affine, float)) else v)
 
 
 def _abs(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:

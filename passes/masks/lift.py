@@ -16,7 +16,7 @@ from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks import views
 from nsa_compile.passes.masks.affine import Affine, Load, affine, lower, upper
 from nsa_compile.passes.masks.cast import cast
-from nsa_compile.passes.masks.conditions import FALSE, TRUE
+from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition
 from nsa_compile.passes.masks.constants import Patterns
 from nsa_compile.passes.masks.mutation import Mutations
 from nsa_compile.passes.masks.sizes import Sizes
@@ -25,7 +25,6 @@ from nsa_compile.passes.masks.values import (
     Value,
     as_number,
     leaves,
-    loads,
     size,
     truth,
 )
@@ -51,6 +50,8 @@ class Lifter:
         self.sizes = Sizes(gm.graph)
         self.patterns = Patterns(gm, values)
         self.mutations = Mutations(gm.graph)
+        # Tensors [B, Tk] by the condition under which their element [b, j] is not 0.
+        self.rows: dict[Condition, fx.Node] = {}
         self._lifted: dict[tuple[fx.Node, Index], Value] = {}
         self._reader: fx.Node | None = None
 
@@ -116,10 +117,15 @@ class Lifter:
             return self._opaque(node, index, "too deep an expression")
         if not _fits(found, node) or size(found) > _LARGEST:
             return self._opaque(node, index, "values that its dtype may not hold exactly")
-        if len(index) == 2 and _row_and_key(index) and loads(found):
-            # A whole [B, Tk] tensor: which keys are real is what it says, however it was made.
-            return self._opaque(node, index, "")
+        if len(index) == 2 and _row_and_key(index):
+            self._name_row(node, found)
         return found
+
+    def _name_row(self, node: fx.Node, found: Value) -> None:
+        """Remember ``node`` ``[B, Tk]`` as a tensor that says which keys are real, if it can be."""
+        keys = None if dialect.value(node).dtype.is_floating_point else truth(found)
+        if keys is not None:
+            self.rows.setdefault(keys, node)
 
     def _rule(self, node: fx.Node, index: Index) -> Value:
         if node.op in ("placeholder", "get_attr"):

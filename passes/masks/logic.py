@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nsa_compile.passes.masks.affine import Affine
+from nsa_compile.passes.masks.affine import Affine, lower
 from nsa_compile.passes.masks.conditions import (
     FALSE,
     TRUE,
@@ -39,7 +39,9 @@ def all_of(conditions: Iterable[Condition]) -> Condition:
         flat.update(condition.of if isinstance(condition, All) else (condition,))
     if FALSE in flat:
         return FALSE
-    flat = _tightest(flat)
+    flat = _tightest(_on_lines(flat))
+    if FALSE in flat:
+        return FALSE
     if any(_negated_atom(c) in flat for c in flat):
         return FALSE
     if _empty_interval(flat):
@@ -60,11 +62,15 @@ def any_of(conditions: Iterable[Condition]) -> Condition:
         return next(iter(flat)) if flat else FALSE
     if any(_negated_atom(c) in flat for c in flat):
         return TRUE
+    # (c and x) or not c is x or not c
+    opposites = {_negated_atom(c) for c in flat}
+    if any(conjuncts(c) & opposites for c in flat):
+        return any_of(all_of(conjuncts(c) - opposites) for c in flat)
     common = frozenset.intersection(*(conjuncts(c) for c in flat))
     if common:
         rests = [all_of(conjuncts(c) - common) for c in flat]
         return all_of([*common, any_of(rests)])
-    pieces = united(flat)
+    pieces = _weakest(united(flat))
     if len(pieces) == 1:
         return next(iter(pieces))
     return Any_(frozenset(pieces))
@@ -78,6 +84,32 @@ def _negated_atom(condition: Condition) -> Condition | None:
     if isinstance(condition, Ne):
         return Eq(condition.of)
     return None
+
+
+def _on_lines(conditions: set[Condition]) -> set[Condition]:
+    """``conditions`` with the bounds decided that an equality among them fixes."""
+    lines = [c.of for c in conditions if isinstance(c, Eq)]
+    decided: set[Condition] = set()
+    for condition in conditions:
+        if isinstance(condition, Ge):
+            rests = [condition.of - line.times(sign) for line in lines for sign in (1, -1)]
+            fixed = [rest.const for rest in rests if rest.constant is not None]
+            if fixed:
+                condition = TRUE if fixed[0] >= 0 else FALSE
+        decided.update(conjuncts(condition))
+    return decided
+
+
+def _weakest(conditions: set[Condition]) -> set[Condition]:
+    """``conditions`` without the bounds that imply another one of them."""
+    bounds = [c for c in conditions if isinstance(c, Ge)]
+    implied = set()
+    for strong in bounds:
+        for weak in bounds:
+            gap = None if weak is strong or weak in implied else lower(weak.of - strong.of)
+            if gap is not None and gap >= 0:
+                implied.add(strong)
+    return conditions - implied
 
 
 def _tightest(conditions: set[Condition]) -> set[Condition]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from nsa_compile.passes import dialect
-from nsa_compile.passes.masks.affine import Affine, Load, Var
-from nsa_compile.passes.masks.conditions import FALSE, All, Condition, Ge, Ne, loads
-from nsa_compile.passes.masks.lift import is_batch, is_position
+from nsa_compile.passes.masks.affine import Affine, Var
+from nsa_compile.passes.masks.conditions import FALSE, Condition, Ge, conjuncts, loads, variables
+from nsa_compile.passes.masks.logic import all_of
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Mask
 from torch import fx
@@ -19,50 +19,60 @@ FindInteger = Callable[[Affine], "fx.Node | None"]
 
 @dataclass
 class _Terms:
-    """What a conjunction says so far: ``j <= i + above``, ``j >= i - below``, ``valid[b, j]``."""
+    """What a conjunction says so far: ``j <= i + above``, ``j >= i - below``, the real keys."""
 
     above: Affine | None = None
     below: Affine | None = None
-    valid: fx.Node | None = None
+    keys: list[Condition] = field(default_factory=list)
 
 
 def classify(
-    keep: Condition, mask: fx.Node | None, buffers: Iterable[fx.Node], find_integer: FindInteger
+    keep: Condition,
+    mask: fx.Node | None,
+    *,
+    buffers: Iterable[fx.Node],
+    rows: Mapping[Condition, fx.Node],
+    find_integer: FindInteger,
 ) -> Mask | Refusal:
-    """The normal form of the condition under which query i sees key j."""
+    """The normal form of the condition under which query i sees key j.
+
+    Args:
+        mask: the mask tensor, to name in a refusal.
+        buffers: what the proof read, to be recorded.
+        rows: the graph's tensors ``[B, Tk]`` by the condition that they hold.
+        find_integer: the node that holds a run-time offset.
+    """
     if keep == FALSE:
         return _refusal(mask, "no key is ever visible")
     terms = _Terms()
-    conjuncts = keep.of if isinstance(keep, All) else frozenset([keep])
-    for conjunct in sorted(conjuncts, key=repr):
+    for conjunct in sorted(conjuncts(keep), key=repr):
         refusal = _term(conjunct, terms, mask)
         if refusal is not None:
             return refusal
-    return _named(terms, mask, tuple(sorted(buffers)), find_integer)
+    valid: fx.Node | None = None
+    if terms.keys:
+        valid = rows.get(all_of(terms.keys))
+        if valid is None:
+            return _unclassified(terms.keys, mask)
+    return _named(terms, mask, valid, tuple(sorted(buffers)), find_integer)
 
 
 def _term(conjunct: Condition, terms: _Terms, mask: fx.Node | None) -> Refusal | None:
-    if isinstance(conjunct, Ge):
-        rest = _without_diagonal(conjunct.of)
-        if rest is not None and not rest.loads():
-            bound, upper = rest, _sign(conjunct.of, "i") > 0
-            current = terms.above if upper else terms.below
-            tight = _tighter(current, bound)
-            if tight is None:
-                return _refusal(mask, f"two diagonals that cannot be compared, {conjunct.of!r}")
-            if upper:
-                terms.above = tight
-            else:
-                terms.below = tight
-            return None
-    if isinstance(conjunct, Ne):
-        load = _plain_load(conjunct.of)
-        if load is not None and _is_key_padding(load):
-            if terms.valid not in (None, load.node):
-                return _refusal(load.node, "a second padding mask")
-            terms.valid = load.node
-            return None
-    return _unclassified(conjunct, mask)
+    rest = _without_diagonal(conjunct.of) if isinstance(conjunct, Ge) else None
+    if isinstance(conjunct, Ge) and rest is not None and not rest.loads():
+        upper = _sign(conjunct.of, "i") > 0
+        tight = _tighter(terms.above if upper else terms.below, rest)
+        if tight is None:
+            return _refusal(mask, f"two diagonals that cannot be compared, {conjunct.of!r}")
+        if upper:
+            terms.above = tight
+        else:
+            terms.below = tight
+        return None
+    if loads(conjunct) and {v.name for v in variables(conjunct)} <= {"b", "j"}:
+        terms.keys.append(conjunct)
+        return None
+    return _unclassified([conjunct], mask)
 
 
 def _without_diagonal(of: Affine) -> Affine | None:
@@ -87,30 +97,23 @@ def _tighter(current: Affine | None, bound: Affine) -> Affine | None:
     return bound if difference < 0 else current
 
 
-def _plain_load(of: Affine) -> Load | None:
-    if of.const or len(of.terms) != 1:
-        return None
-    atom = next(iter(of.terms))
-    return atom if isinstance(atom, Load) else None
-
-
-def _is_key_padding(load: Load) -> bool:
-    return len(load.index) == 2 and is_batch(load.index[0]) and is_position(load.index[1], "j")
-
-
 def _named(
-    terms: _Terms, mask: fx.Node | None, buffers: tuple[fx.Node, ...], find_integer: FindInteger
+    terms: _Terms,
+    mask: fx.Node | None,
+    valid: fx.Node | None,
+    buffers: tuple[fx.Node, ...],
+    find_integer: FindInteger,
 ) -> Mask | Refusal:
     above, below = terms.above, terms.below
     if above is None:
         if below is not None:
             return _refusal(mask, "it hides the past and shows the future")
-        return Mask(causal=False, valid=terms.valid, buffers=buffers)
+        return Mask(causal=False, valid=valid, buffers=buffers)
     if below is not None and below == above and below.constant != 0:
         window = (above + 1).constant
         if window is None or window < 1:
             return _refusal(mask, f"a window of {above + 1!r}")
-        return Mask(causal=False, window=window, valid=terms.valid, buffers=buffers)
+        return Mask(causal=False, window=window, valid=valid, buffers=buffers)
     window = None
     if below is not None:
         window = (above + below + 1).constant
@@ -121,15 +124,15 @@ def _named(
         offset = find_integer(above)
     if offset is None:
         return _refusal(mask, f"no node of the graph holds the offset {above!r}")
-    return Mask(causal=True, offset=offset, window=window, valid=terms.valid, buffers=buffers)
+    return Mask(causal=True, offset=offset, window=window, valid=valid, buffers=buffers)
 
 
-def _unclassified(conjunct: Condition, mask: fx.Node | None) -> Refusal:
+def _unclassified(terms: list[Condition], mask: fx.Node | None) -> Refusal:
     """Name the first node that the condition could not see through, or the condition itself."""
-    found = loads(conjunct)
+    found = [load for term in terms for load in loads(term)]
     stopped = [load for load in found if load.why] or found
     if not stopped:
-        return _refusal(mask, f"the condition {_shown(conjunct)}")
+        return _refusal(mask, f"the condition {_shown(terms[0])}")
     load = min(stopped, key=lambda each: each.node)
     at = ", ".join(repr(e) for e in load.index)
     return _refusal(load.node, load.why or f"read at [{at}], which is no padding of keys [b, j]")

@@ -81,7 +81,13 @@ class Prover:
                 return lifted
             keep = all_of([keep, lifted])
             buffers = self.lifter.patterns.read & _ancestors(mask)
-        return classify(keep, mask, buffers, lambda at: self._holder(at, reader))
+        return classify(
+            keep,
+            mask,
+            buffers=buffers,
+            rows=self.lifter.rows,
+            find_integer=lambda at: self._holder(at, reader),
+        )
 
     def _positions(self, geometry: Geometry) -> views.Index:
         """The index (b, h, i, j) of one score; 0 where a dimension has one element."""

@@ -1,0 +1,136 @@
+"""A Dynamo backend that finds sites and compares their proven masks with the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from nsa_compile.passes.masks.evaluate import evaluate
+from nsa_compile.passes.match import find_sites
+from nsa_compile.passes.site import AttentionSite, Mask
+from torch import fx, nn
+
+MASKED = -1e4
+
+
+@dataclass
+class Checker:
+    """``torch.compile(f, backend=checker)`` runs f eagerly and checks every proof against the run.
+
+    Attributes:
+        graphs: the captured graphs.
+        sites: their sites, in order of capture.
+        checked: how many (call, site) pairs were compared element by element.
+    """
+
+    graphs: list[fx.GraphModule] = field(default_factory=list)
+    sites: list[AttentionSite] = field(default_factory=list)
+    checked: int = 0
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        before = str(gm.graph)
+        sites = find_sites(gm, values=buffers(gm, inputs))
+        assert str(gm.graph) == before, "find_sites changed the graph"
+        self.graphs.append(gm)
+        self.sites += sites
+
+        def run(*args: Any) -> Any:
+            recorder = _Recorder(gm, {n for site in sites for n in _needed(site)})
+            result = recorder.run(*args)
+            for site in sites:
+                if isinstance(site.mask, Mask):
+                    compare(site, recorder.seen)
+                    self.checked += 1
+            return result
+
+        return run
+
+    @property
+    def site(self) -> AttentionSite:
+        """The only site."""
+        (site,) = self.sites
+        return site
+
+    @property
+    def masks(self) -> list[str]:
+        """Mask class or reason code of every site."""
+        return [verdict(site) for site in self.sites]
+
+
+def verdict(site: AttentionSite) -> str:
+    """``"causal & padding"`` or a reason code."""
+    return site.mask.describe() if isinstance(site.mask, Mask) else site.mask.code
+
+
+def check(f: Callable[..., Any], *calls: tuple[Any, ...], dynamic: bool | None = None) -> Checker:
+    """Compile ``f`` with a Checker, call it with each of ``calls``, return what was found."""
+    torch._dynamo.reset()
+    checker = Checker()
+    compiled = torch.compile(f, backend=checker, dynamic=dynamic, fullgraph=True)
+    with torch.no_grad():
+        for call in calls:
+            compiled(*call)
+    return checker
+
+
+def buffers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
+    """The graph inputs that are buffers of a module."""
+    return {
+        node: value
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        if isinstance(value, torch.Tensor)
+        and not isinstance(value, nn.Parameter)
+        and "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    }
+
+
+def compare(site: AttentionSite, seen: dict[fx.Node, Any]) -> None:
+    """Assert that the proven mask of ``site`` is the mask that this run used."""
+    mask = site.mask
+    assert isinstance(mask, Mask)
+    q_len, kv_len = seen[site.query].shape[-2], seen[site.key].shape[-2]
+    valid = None if mask.valid is None else seen[mask.valid]
+    offset = seen[mask.offset] if isinstance(mask.offset, fx.Node) else None
+    proven = evaluate(mask, q_len, kv_len, valid=valid, offset=offset)
+    real = torch.ones(q_len, kv_len, dtype=torch.bool)
+    if site.output.kwargs.get("is_causal"):
+        real = real.tril()
+    real = real[None, None]
+    if site.mask_node is not None:
+        real = real & kept(seen[site.mask_node])
+    proven, real = torch.broadcast_tensors(proven, real)
+    assert torch.equal(proven, real), f"{mask.describe()} is not the mask of %{site.output.name}"
+    if mask.valid is not None:
+        assert valid.shape in {(seen[site.query].shape[0], kv_len), (1, kv_len)}
+
+
+def kept(mask: torch.Tensor) -> torch.Tensor:
+    """Where a real mask lets keys through, 4-d."""
+    if mask.dtype != torch.bool:
+        assert ((mask == 0) | (mask <= MASKED)).all()
+        mask = mask == 0
+    return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+
+
+def _needed(site: AttentionSite) -> list[fx.Node]:
+    nodes = [site.query, site.key, site.mask_node]
+    if isinstance(site.mask, Mask):
+        nodes += [site.mask.valid, site.mask.offset]
+    return [n for n in nodes if isinstance(n, fx.Node)]
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the values of some nodes as they were when computed."""
+
+    def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self.wanted = wanted
+        self.seen: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.wanted:
+            self.seen[n] = result
+        return result
