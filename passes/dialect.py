@@ -187,17 +187,39 @@ def view(node: fx.Node) -> Op | None:
     return Op(row.name, _bind(row, args, node.kwargs), inplace)
 
 
+def written(node: fx.Node) -> list[fx.Node]:
+    """The tensors that ``node`` writes to: in-place forms, ``out=``, mutable custom operators."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return _mutable_arguments(node, target) if target._schema.is_mutable else []
+    out = node.kwargs.get("out")
+    found = [] if out is None else list(out) if isinstance(out, (list, tuple)) else [out]
+    if node.op == "call_method" or node.op == "call_function":
+        spelled = name(node)
+        if (spelled.endswith("_") and not spelled.endswith("__")) or target in _INPLACE_OPERATORS:
+            found.append(node.args[0] if node.args else node.kwargs.get("input"))
+    return [each for each in found if isinstance(each, fx.Node)]
+
+
+def name(node: fx.Node) -> str:
+    """The spelled name of a call: ``transpose``, ``iadd``, ``aten.view.default``."""
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def _mutable_arguments(node: fx.Node, target: torch._ops.OpOverload) -> list[fx.Node]:
+    arguments = target._schema.arguments
+    given = {a.name: value for a, value in zip(arguments, node.args, strict=False)} | node.kwargs
+    changed = [
+        given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return [each for each in changed if isinstance(each, fx.Node)]
+
+
 def describe(node: fx.Node) -> str:
     """``%name (op)``, as refusals name a node."""
-    if node.op in ("placeholder", "get_attr"):
-        return (
-            f"%{node.name} (graph input)"
-            if node.op == "placeholder"
-            else f"%{node.name} (attribute)"
-        )
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return f"%{node.name} ({name})"
+    kinds = {"placeholder": "graph input", "get_attr": "attribute"}
+    return f"%{node.name} ({kinds.get(node.op) or name(node)})"
 
 
 def value(node: fx.Node) -> Any:

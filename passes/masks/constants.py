@@ -193,10 +193,9 @@ class Patterns:
         if node.op in ("placeholder", "get_attr"):
             tensor = self._values.get(node)
             return tensor is not None and not tensor.is_meta
-        op = dialect.view(node)
-        if node.op not in ("call_function", "call_method") or (op is not None and op.inplace):
+        if node.op not in ("call_function", "call_method") or dialect.written(node):
             return False
-        if any((o := dialect.view(u)) is not None and o.inplace for u in node.users):
+        if any(dialect.written(user) for user in node.users):
             return False
         shape = dialect.shape(node)
         if shape is None:

@@ -16,10 +16,10 @@ from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks import views
 from nsa_compile.passes.masks.affine import Affine, Load, affine, lower, upper
 from nsa_compile.passes.masks.cast import cast
-from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition
+from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition, ne
 from nsa_compile.passes.masks.constants import Patterns
 from nsa_compile.passes.masks.mutation import Mutations
-from nsa_compile.passes.masks.sizes import Sizes
+from nsa_compile.passes.masks.sizes import Size, Sizes
 from nsa_compile.passes.masks.values import (
     Unknown,
     Value,
@@ -61,10 +61,14 @@ class Lifter:
         return self.lift(node, index)
 
     def lift(self, node: fx.Node, index: Index) -> Value:
-        """What ``node[index]`` is."""
+        """What ``node[index]`` is.
+
+        Raises:
+            Stuck: which value ``node`` has when it is read here is unclear (in-place writes).
+        """
         version = self.mutations.version(node, self._reader)
         if isinstance(version, str):
-            return self._opaque(node, index, version)
+            raise Stuck(f"{dialect.describe(node)} is {version}")
         key = (version, index)
         if key not in self._lifted:
             reader, self._reader = self._reader, version
@@ -117,7 +121,7 @@ class Lifter:
             return self._opaque(node, index, "too deep an expression")
         if not _fits(found, node) or size(found) > _LARGEST:
             return self._opaque(node, index, "values that its dtype may not hold exactly")
-        if len(index) == 2 and _row_and_key(index):
+        if len(index) == 2 and _row_and_key(index, dialect.shape(node)):
             self._name_row(node, found)
         return found
 
@@ -150,11 +154,18 @@ class Lifter:
         fake = dialect.value(node)
         if fake.dtype.is_floating_point or fake.dtype.is_complex:
             return Unknown(Load(node, index, why=why))
-        boolean = fake.dtype == torch.bool
-        load = Load(node, index, 0 if boolean else None, 1 if boolean else None, why)
-        found = truth(affine(load)) if boolean else affine(load)
-        assert found is not None
-        return found
+        low, high = _limits(fake.dtype)
+        load = affine(Load(node, index, low, high, why))
+        return ne(load) if fake.dtype == torch.bool else load
+
+
+def _limits(dtype: torch.dtype) -> tuple[int | None, int | None]:
+    """What an element of a narrow integer dtype can be; nothing is said of wide ones."""
+    if dtype == torch.bool:
+        return 0, 1
+    if dtype in _EXACT_INTEGERS:
+        return None, None
+    return torch.iinfo(dtype).min, torch.iinfo(dtype).max
 
 
 def _fits(value: Value, node: fx.Node) -> bool:
@@ -180,8 +191,10 @@ def _leaf_fits(leaf: Value, dtype: torch.dtype) -> bool:
     return low is not None and high is not None and limits.min <= low and high <= limits.max
 
 
-def _row_and_key(index: Index) -> bool:
-    return is_batch(index[0]) and is_position(index[1], "j")
+def _row_and_key(index: Index, shape: tuple[Size, ...] | None) -> bool:
+    """Whether a ``[B, Tk]`` tensor is read at ``[b, j]``; the only key of ``[B, 1]`` is at 0."""
+    only_key = shape is not None and shape[1] == 1 and index[1].constant == 0
+    return is_batch(index[0]) and (only_key or is_position(index[1], "j"))
 
 
 def is_position(at: Affine, name: str) -> bool:

@@ -11,6 +11,12 @@ _ALIASES = {
     "transpose", "t", "permute", "select", "slice", "narrow", "getitem", "contiguous", "detach",
     "alias", "to", "type", "type_as", "bool", "int", "long", "float", "half", "bfloat16", "double",
 }  # fmt: skip
+# Further views, by their spelled name: masks are not proven through them.
+_OTHER_ALIASES = {
+    "chunk", "split", "tensor_split", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "dsplit",
+    "unbind", "movedim", "moveaxis", "diagonal", "unfold", "as_strided", "ravel", "adjoint",
+    "getattr", "view_as_real", "view_as_complex", "cpu", "cuda",
+}  # fmt: skip
 
 
 class Mutations:
@@ -21,8 +27,7 @@ class Mutations:
         self._order: dict[fx.Node, int] = {}
         for position, node in enumerate(graph.nodes):
             self._order[node] = position
-            target = _written(node)
-            if target is not None:
+            for target in dialect.written(node):
                 self._writes.setdefault(_base(target), []).append(node)
 
     @property
@@ -45,35 +50,24 @@ class Mutations:
         if not past:
             return node
         last = past[-1]
-        if node is last or (node is _written(last) and node is _base(node)):
+        op = dialect.view(last)
+        functional = op is not None and op.inplace and dialect.shape(last) is not None
+        if functional and (node is last or (node is last.args[0] and node is _base(node))):
             return last
         return f"written to in place by {dialect.describe(last)}"
-
-
-def _written(node: fx.Node) -> fx.Node | None:
-    """The tensor that ``node`` writes to, if it does."""
-    op = dialect.view(node)
-    inplace = op.inplace if op is not None else _unknown_inplace(node)
-    first = node.args[0] if node.args else None
-    return first if inplace and isinstance(first, fx.Node) else None
-
-
-def _unknown_inplace(node: fx.Node) -> bool:
-    """In-place forms that the dialect has no row for are still told by their name."""
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if node.op not in ("call_method", "call_function") or name.startswith("_"):
-        return False
-    return name.endswith("_") and not name.endswith("__")
 
 
 def _base(node: fx.Node) -> fx.Node:
     """The tensor whose memory ``node`` may share."""
     while True:
-        op = dialect.view(node)
         first = node.args[0] if node.args else None
-        if op is None or not isinstance(first, fx.Node):
-            return node
-        if not (op.inplace or op.name in _ALIASES):
+        if not isinstance(first, fx.Node) or not _shares(node):
             return node
         node = first
+
+
+def _shares(node: fx.Node) -> bool:
+    op = dialect.view(node)
+    if op is None:
+        return dialect.name(node) in _OTHER_ALIASES or bool(dialect.written(node))
+    return op.inplace or op.name in _ALIASES

@@ -85,7 +85,7 @@ class Prover:
             keep,
             mask,
             buffers=buffers,
-            rows=self.lifter.rows,
+            rows={c: n for c, n in self.lifter.rows.items() if _width(n) == geometry.kv_len},
             find_integer=lambda at: self._holder(at, reader),
         )
 
@@ -105,10 +105,10 @@ class Prover:
             return _refusal(mask, "it is no tensor of at most 4 dimensions")
         out = (geometry.batch, geometry.q_heads, geometry.q_len, geometry.kv_len)
         try:
-            at = views.broadcast(shape, out, index)
+            lifted = self.lifter.read(mask, views.broadcast(shape, out, index), reader)
         except Stuck as stuck:
             return _refusal(mask, str(stuck))
-        return _kept(self.lifter.read(mask, at, reader), mask)
+        return _kept(lifted, mask)
 
     def _holder(self, integer: Affine, reader: fx.Node) -> fx.Node | None:
         """A node before ``reader`` that holds ``integer``, for offsets known at run time only."""
@@ -159,6 +159,13 @@ def _kept_constant(value: float, mask: fx.Node) -> Condition | Refusal:
     if value <= MASKED:
         return FALSE
     return _refusal(mask, f"it adds {value} to scores, which neither keeps nor hides a key")
+
+
+def _width(row: fx.Node) -> Size:
+    """Keys that a ``[B, Tk]`` tensor speaks about."""
+    shape = dialect.shape(row)
+    assert shape is not None
+    return shape[1]
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

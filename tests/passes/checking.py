@@ -37,11 +37,11 @@ class Checker:
         self.sites += sites
 
         def run(*args: Any) -> Any:
-            recorder = _Recorder(gm, {n for site in sites for n in _needed(site)})
+            recorder = _Recorder(gm, sites)
             result = recorder.run(*args)
             for site in sites:
                 if isinstance(site.mask, Mask):
-                    compare(site, recorder.seen)
+                    compare(site, recorder.seen[site.output])
                     self.checked += 1
             return result
 
@@ -122,15 +122,18 @@ def _needed(site: AttentionSite) -> list[fx.Node]:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the values of some nodes as they were when computed."""
+    """Runs a graph and keeps, for every site, what it reads as it is when the attention runs."""
 
-    def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:
-        super().__init__(gm)
-        self.wanted = wanted
-        self.seen: dict[fx.Node, Any] = {}
+    def __init__(self, gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.sites = {site.output: site for site in sites}
+        self.seen: dict[fx.Node, dict[fx.Node, Any]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.wanted:
-            self.seen[n] = result
-        return result
+        if n in self.sites:
+            read = {node: self.env[node] for node in _needed(self.sites[n])}
+            self.seen[n] = {
+                node: value.clone() if isinstance(value, torch.Tensor) else value
+                for node, value in read.items()
+            }
+        return super().run_node(n)
