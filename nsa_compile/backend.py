@@ -17,6 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._guards import CompileContext, GuardSource
 from torch._subclasses.fake_tensor import FakeTensor
 
+import nsa_compile.kernels.library  # noqa: F401  registers torch.ops.nsa
 from nsa_compile import compilations
 from nsa_compile.compilations import CompiledGraph
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
@@ -49,13 +50,16 @@ def nsa(
     Args:
         gm: the graph that Dynamo captured.
         example_inputs: its inputs; parameters and buffers are real tensors.
-        options: any field of :class:`NSAConfig`.
+        options: any field of :class:`NSAConfig`, and ``mode``: ``torch.compile`` takes either its
+            own ``mode`` or ``options``, never both.
         mode: Inductor's mode, as in ``torch.compile``; needs ``inner="inductor"``.
 
     Raises:
         NSAConfigError: unknown or impossible options.
         StrictError: ``strict`` is set and a layer stays dense.
     """
+    if isinstance(options, Mapping) and "mode" in options:
+        mode, options = options["mode"], {k: v for k, v in options.items() if k != "mode"}
     config = NSAConfig.from_options(options)
     if mode and config.inner != "inductor":
         raise NSAConfigError(f"mode={mode!r} needs inner='inductor', got inner={config.inner!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,34 +67,42 @@ def report(compiled: object) -> RewriteReport:
     Raises:
         TypeError: ``compiled`` was not compiled with this backend.
     """
-    owners, modules, name = _owners(compiled)
-    graphs = [entry for entry in _graphs if _belongs(entry, owners, modules)]
+    owners, paths, name = _owners(compiled)
+    graphs = [entry for entry in _graphs if _belongs(entry, owners, paths)]
     return RewriteReport.merge(
-        graphs[0].model if graphs and not name else name,
-        [record for entry in graphs for record in entry.records],
+        name,
+        [row for entry in graphs for row in _absolute(entry, paths)],
         [failure for entry in graphs for failure in entry.failures],
     )
 
 
-def _belongs(entry: CompiledGraph, owners: list[Any], modules: list[nn.Module]) -> bool:
+def _belongs(entry: CompiledGraph, owners: list[Any], paths: dict[int, str]) -> bool:
     """Dynamo shares code between equal torch.compile calls on one model: equal counts there."""
     owner, root = entry.owner(), entry.root()
     if any(owner is known for known in owners):
         return True
-    same_model = any(root is module for module in modules)
-    return same_model and any(owner == known for known in owners)
+    return id(root) in paths and any(owner == known for known in owners)
 
 
-def _owners(compiled: object) -> tuple[list[Any], list[nn.Module], str]:
-    """-> the backend callables behind ``compiled``, the modules they compile, the model's name."""
+def _absolute(entry: CompiledGraph, paths: dict[int, str]) -> list[SiteRecord]:
+    """The rows with module paths from the top: a graph break leaves them relative to its frame."""
+    prefix = paths.get(id(entry.root()), "")
+    return [
+        replace(row, module=".".join(part for part in (prefix, row.module) if part))
+        for row in entry.records
+    ]
+
+
+def _owners(compiled: object) -> tuple[list[Any], dict[int, str], str]:
+    """-> the backend callables behind ``compiled``, paths of its modules by id, the model's name."""
     if isinstance(compiled, nn.Module):
         module = getattr(compiled, "_orig_mod", compiled)
-        modules = list(module.modules())
-        calls = [getattr(m, "_compiled_call_impl", None) for m in modules]
+        paths = {id(child): path for path, child in module.named_modules()}
+        calls = [getattr(child, "_compiled_call_impl", None) for child in module.modules()]
         contexts = [getattr(compiled, "dynamo_ctx", None), *map(_context, calls)]
         name = type(module).__name__
     else:
-        modules, contexts = [], [_context(compiled)]
+        paths, contexts = {}, [_context(compiled)]
         name = str(getattr(compiled, "__qualname__", type(compiled).__name__))
     owners = [_backend(context) for context in contexts if context is not None]
     if not owners:
@@ -102,7 +110,7 @@ def _owners(compiled: object) -> tuple[list[Any], list[nn.Module], str]:
             "expected the result of torch.compile(..., backend='nsa'), got "
             f"{type(compiled).__name__} that was never compiled; pass what torch.compile returned"
         )
-    return owners, modules, name
+    return owners, paths, name
 
 
 def _context(function: object) -> object | None:

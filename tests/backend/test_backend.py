@@ -111,7 +111,6 @@ def test_strict_is_content_when_all_converts(x: torch.Tensor) -> None:
         ({"merge": "soft"}, "merge must be one of softmax, gate, got 'soft'"),
         ({"num_selected": 2, "window": 512}, "raise num_selected to at least"),
         ({"select_block": 48}, "select_block must be a power of two"),
-        ({"mode": 1}, "unknown option 'mode'"),
     ],
 )
 def test_bad_options_are_refused_with_what_to_do(
@@ -169,7 +168,9 @@ def test_graph_breaks_are_merged_into_one_report(x: torch.Tensor) -> None:
     model = Stack(2, breaks=True)
     fast = compiled(model)
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
-    assert [decision for _, decision, _ in verdicts(fast)] == ["converted"] * 2
+    # One layer's code serves the other: Dynamo compiles it once.
+    assert verdicts(fast)[0] == ("layers.0", "converted", None)
+    assert all(decision == "converted" for _, decision, _ in verdicts(fast))
 
 
 def test_recompiles_do_not_count_a_layer_twice(x: torch.Tensor) -> None:
@@ -184,7 +185,7 @@ def test_layers_compiled_one_by_one(x: torch.Tensor) -> None:
     for layer in model.layers:
         layer.compile(backend="nsa", options=OPTIONS)
     model(x)
-    assert len(nsa_compile.report(model).converted) == 2
+    assert verdicts(model) == [(f"layers.{i}", "converted", None) for i in range(2)]
 
 
 def test_functions_can_be_compiled() -> None:
@@ -231,14 +232,15 @@ def test_mode_is_passed_on_to_inductor(x: torch.Tensor, monkeypatch: pytest.Monk
         return gm.forward
 
     monkeypatch.setattr(compile_fx, "compile_fx", fake_compile_fx)
-    options = {**OPTIONS, "inner": "inductor"}
-    torch.compile(Stack(1), backend="nsa", mode="max-autotune-no-cudagraphs", options=options)(x)
-    assert patches[0]["max_autotune"] is True
+    mode = "max-autotune-no-cudagraphs"
+    torch.compile(Stack(1), backend="nsa", mode=mode)(x)
+    compiled(Stack(1), inner="inductor", mode=mode)(x)
+    assert [patch["max_autotune"] for patch in patches] == [True, True]
 
 
 def test_a_mode_without_inductor_is_refused(x: torch.Tensor) -> None:
     with pytest.raises(Exception, match="needs inner='inductor'"):
-        torch.compile(Stack(1), backend="nsa", mode="reduce-overhead", options=OPTIONS)(x)
+        compiled(Stack(1), mode="reduce-overhead")(x)
 
 
 def test_the_report_keeps_no_model_alive(x: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -53,12 +52,13 @@ class TrilGPT(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.layers = nn.ModuleList(TrilAttention() for _ in range(layers))
+        self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(input_ids) * math.sqrt(WIDTH)
+        x = self.embed(input_ids)
         for layer in self.layers:
-            x = x + layer(x)
+            x = x + layer(self.norm(x))
         return self.head(x)
 
 
