@@ -194,9 +194,13 @@ def written(node: fx.Node) -> list[fx.Node]:
         return _mutable_arguments(node, target) if target._schema.is_mutable else []
     out = node.kwargs.get("out")
     found = [] if out is None else list(out) if isinstance(out, (list, tuple)) else [out]
-    if node.op == "call_method" or node.op == "call_function":
+    if node.op in ("call_method", "call_function"):
         spelled = name(node)
-        if (spelled.endswith("_") and not spelled.endswith("__")) or target in _INPLACE_OPERATORS:
+        trailing = spelled.endswith("_") and not spelled.endswith("__")
+        of_operator = (
+            getattr(target, "__module__", "") == "_operator"
+        )  # and_, or_, not_ write nothing
+        if (trailing and not of_operator) or target in _INPLACE_OPERATORS:
             found.append(node.args[0] if node.args else node.kwargs.get("input"))
     return [each for each in found if isinstance(each, fx.Node)]
 

@@ -95,7 +95,7 @@ def _minus(x: Value, y: Value) -> Value:
 def _cumsum(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
     """``(t + 1) * c`` when every element is the same constant c."""
     shape = lifter.sizes.shape(node) or []
-    dim = op["dim"] % len(shape)
+    dim: int = op["dim"] % len(shape)
     term = Var(f"t_{node.name}", shape[dim])
     inner = (*index[:dim], affine(term), *index[dim + 1 :])
     element = numbers(lifter.lift(op["x"], inner))

@@ -14,7 +14,7 @@ from torch import fx
 # Dynamo names a module by the local it was reached from: L['self'].model, L['fn'].layers.0.
 _LOCAL = re.compile(r"^[LG]\[(?P<quote>['\"])(?P<name>.*?)(?P=quote)\]\.?")
 _ITEM = re.compile(r"\[['\"]?(.*?)['\"]?\]")
-_MODULES_OF = re.compile(r"\._(?:modules|parameters|buffers)(?=[.\[])")
+_MODULES_OF = re.compile(r"(?:^|\.)_(?:modules|parameters|buffers)(?=[.\[])")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _TORCH = str(Path(torch.__file__).parent) + "/"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.evaluate import evaluate
 from nsa_compile.passes.match import find_sites
 from nsa_compile.passes.site import AttentionSite, Mask
@@ -30,9 +31,10 @@ class Checker:
     checked: int = 0
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        before = str(gm.graph)
+        before, guards = str(gm.graph), _guards(gm)
         sites = find_sites(gm, values=buffers(gm, inputs))
         assert str(gm.graph) == before, "find_sites changed the graph"
+        assert _guards(gm) == guards, "find_sites installed a guard"
         self.graphs.append(gm)
         self.sites += sites
 
@@ -95,7 +97,9 @@ def compare(site: AttentionSite, seen: dict[fx.Node, Any]) -> None:
     offset = seen[mask.offset] if isinstance(mask.offset, fx.Node) else None
     proven = evaluate(mask, q_len, kv_len, valid=valid, offset=offset)
     real = torch.ones(q_len, kv_len, dtype=torch.bool)
-    if site.output.kwargs.get("is_causal"):
+    op = dialect.view(site.output)
+    assert op is not None
+    if op["is_causal"]:
         real = real.tril()
     real = real[None, None]
     if site.mask_node is not None:
@@ -112,6 +116,16 @@ def kept(mask: torch.Tensor) -> torch.Tensor:
         assert ((mask == 0) | (mask <= MASKED)).all()
         mask = mask == 0
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+
+
+def _guards(gm: fx.GraphModule) -> int:
+    """How many shape guards the graph's shape environment holds."""
+    for node in gm.graph.nodes:
+        fake = node.meta.get("example_value")
+        for size in fake.shape if isinstance(fake, torch.Tensor) else (fake,):
+            if isinstance(size, torch.SymInt):
+                return len(size.node.shape_env.guards)
+    return 0
 
 
 def _needed(site: AttentionSite) -> list[fx.Node]:
