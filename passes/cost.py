@@ -15,10 +15,11 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
+
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.reasons import Refusal
 from nsa_compile.passes.site import AttentionSite, Decision, Mask, SiteRecord
-from torch import fx
 
 Size = Any  # an int, or a sympy expression in a dynamic graph
 

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from nsa_compile.passes.site import SiteRecord
 
 _UNITS = ("", "k", "M", "G", "T", "P", "E", "Z")
-_LONGEST_FORMULA = 24
+_SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _row(group: list[SiteRecord]) -> Row:
 
 def _flops(site: SiteRecord) -> str:
     dense, sparse = site.flops_dense, site.flops_sparse
-    if sparse is None or sparse == dense:
+    if sparse is None or sparse == dense or isinstance(dense, str):
         return _amount(dense)
     return f"{_amount(dense)} -> {_amount(sparse)}"
 
@@ -125,7 +125,7 @@ def _attention(site: SiteRecord) -> str:
     dims = f"{site.head_dim}"
     if site.value_dim != site.head_dim:
         dims += f"/{site.value_dim}"
-    return f"{heads} heads x {dims}, {site.dtype}"
+    return f"{heads} heads x {dims}, {_SHORT_DTYPES.get(site.dtype, site.dtype)}"
 
 
 def _length(site: SiteRecord) -> str:
@@ -135,9 +135,9 @@ def _length(site: SiteRecord) -> str:
 
 
 def _amount(value: int | str) -> str:
-    """``12.3G``; a short formula as it is, a long one as ``(symbolic)``."""
+    """``12.3G``; a formula (it stands in the JSON) is ``symbolic``."""
     if isinstance(value, str):
-        return value if len(value) <= _LONGEST_FORMULA else "(symbolic)"
+        return "symbolic"
     amount, unit = float(value), 0
     while amount >= 1000 and unit < len(_UNITS) - 1:
         amount, unit = amount / 1000, unit + 1

@@ -40,7 +40,7 @@ def summary(report: RewriteReport) -> str:
 
 def dense_at_this_length(report: RewriteReport) -> str | None:
     """A note when converted layers run dense because the sequence is short, or None."""
-    short = [site for site in report.converted if _runs_dense(site)]
+    short = [site for site in report.converted if runs_dense(site)]
     if not short:
         return None
     limits = sorted({site.config["dense_len"] for site in short if site.config})
@@ -57,6 +57,7 @@ def kept_groups(report: RewriteReport) -> list[KeptGroup]:
     return [KeptGroup(*texts, count) for texts, count in counts.items()]
 
 
-def _runs_dense(site: SiteRecord) -> bool:
+def runs_dense(site: SiteRecord) -> bool:
+    """Whether a converted site computes dense attention at the length it was seen with."""
     limit = (site.config or {}).get("dense_len", 0)
     return isinstance(site.kv_len, int) and site.kv_len <= limit

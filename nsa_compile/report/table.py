@@ -58,7 +58,8 @@ def table_text(report: RewriteReport) -> str:
 def _grid(report: RewriteReport) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in _COLUMNS:
-        grid.add_column(heading, overflow="fold")
+        narrow = heading in ("FLOPs", "verdict")
+        grid.add_column(heading, overflow="fold", no_wrap=narrow)
     for row in rows(report.sites):
         grid.add_row(*_cells(row))
     return grid
