@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from nsa_compile.passes.site import SiteRecord
+from nsa_compile.report.summary import runs_dense
 
 _UNITS = ("", "k", "M", "G", "T", "P", "E", "Z")
 _SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -76,13 +77,13 @@ def _saving(site: SiteRecord) -> str:
     dense, sparse = site.flops_dense, site.flops_sparse
     if sparse is None:
         return ""
-    if dense == sparse:
+    if runs_dense(site):
         return "dense here"
     if not isinstance(dense, int) or not isinstance(sparse, int):
         return ""
-    return (
-        f"{dense / sparse:.1f}x less" if sparse < dense else f"{sparse / max(dense, 1):.1f}x more"
-    )
+    if sparse <= dense:
+        return f"{dense / max(sparse, 1):.1f}x less"
+    return f"{sparse / max(dense, 1):.1f}x more"
 
 
 def _path(modules: list[str]) -> str:
