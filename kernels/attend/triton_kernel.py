@@ -103,8 +103,13 @@ def _listed_keys(ids, step, first, stop, L: tl.constexpr, BN: tl.constexpr):
     lane = tl.arange(0, BN)
     blocks: tl.constexpr = BN // L
     if blocks > 1:
-        slot = first + step * blocks + lane // L
-        block = tl.load(ids + slot, mask=slot < stop, other=-1)
+        # One scalar load a block: a gathered vector of indices would itself be staged in shared
+        # memory by the pipeliner, and Triton 3.6 then read the queries' tile wrongly.
+        block = tl.full([BN], -1, tl.int32)
+        for part in tl.static_range(blocks):
+            slot = first + step * blocks + part
+            listed = tl.load(ids + slot, mask=slot < stop, other=-1)
+            block = tl.where(lane // L == part, listed, block)
         origin = step * 0
         offset = block * L + lane % L
         used = block >= 0

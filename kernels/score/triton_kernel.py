@@ -29,17 +29,18 @@ import triton.language as tl
 
 
 class Launch(NamedTuple):
-    """Rows of queries, columns of keys a step, warps, pipeline stages and programs per processor."""
+    """Rows of queries, columns of keys a step, warps, stages, programs per processor, registers."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     programs: int = 1
+    registers: int | None = None
 
 
 LAUNCHES: dict[tuple[str, bool], Launch] = {
-    ("channels", True): Launch(128, 128, 4, 3, 3),
+    ("channels", True): Launch(128, 256, 4, 3, 3),
     ("channels", False): Launch(32, 64, 4, 1, 4),
     ("row sums", True): Launch(128, 128, 8, 2),
     ("row sums", False): Launch(32, 32, 4, 1),
@@ -189,6 +190,56 @@ def _strongest(
 
 
 @triton.jit
+def _narrow(x, kind: tl.constexpr):
+    """float32 to ``kind``; bfloat16's largest values saturate in float16 instead of overflowing."""
+    if kind == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(kind)
+
+
+@triton.jit
+def _halve(x, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NATIVE: tl.constexpr):
+    """[M, 2 ROWS, COLUMNS] -> [M, ROWS, COLUMNS]: the larger of the two halves, two numbers at a time."""
+    first, second = tl.split(tl.permute(tl.reshape(x, [M, 2, ROWS, COLUMNS]), [0, 2, 3, 1]))
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "max.f16x2 $0, $1, $2;", "=r,r,r", [first, second], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return tl.maximum(first, second)
+
+
+@triton.jit
+def _block_maximum(
+    s, M: tl.constexpr, LP: tl.constexpr, BLOCKS: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
+    """[M, columns in packed order] -> float32 [M, BLOCKS]: no thread meets another for four blocks.
+
+    float16 goes as packed pairs, twice the rate: rows of a block are halved until one pair is left.
+    """
+    pair: tl.constexpr = 2 if LP > 1 else 1
+    if s.dtype == tl.float16:
+        s = tl.reshape(s, [M, LP // pair, BLOCKS * pair])
+        if LP >= 256:
+            s = _halve(s, M, 64, BLOCKS * pair, NATIVE)
+        if LP >= 128:
+            s = _halve(s, M, 32, BLOCKS * pair, NATIVE)
+        if LP >= 64:
+            s = _halve(s, M, 16, BLOCKS * pair, NATIVE)
+        if LP >= 32:
+            s = _halve(s, M, 8, BLOCKS * pair, NATIVE)
+        if LP >= 16:
+            s = _halve(s, M, 4, BLOCKS * pair, NATIVE)
+        if LP >= 8:
+            s = _halve(s, M, 2, BLOCKS * pair, NATIVE)
+        if LP >= 4:
+            s = _halve(s, M, 1, BLOCKS * pair, NATIVE)
+        return tl.max(tl.reshape(s, [M, BLOCKS, pair]), 2).to(tl.float32)
+    else:
+        return tl.max(tl.max(tl.reshape(s, [M, LP // pair, BLOCKS, pair]), 3), 1)
+
+
+@triton.jit
 def _packed_key(column, group, BLOCKS: tl.constexpr, L: tl.constexpr, LP: tl.constexpr):
     """Block and lane of each column of a packed group of BLOCKS blocks of LP lanes.
 
@@ -240,15 +291,15 @@ def _pack_keys(
     pointers = base + key.to(tl.int64)[:, None] * k_row + picked[None, :].to(tl.int64) * k_column
     tile = tl.load(pointers, mask=(key < kv_len)[:, None] & (channel < r)[None, :], other=0.0)
     place = (pid * BLOCKS * LP + column)[:, None] * C + channel[None, :]
-    tl.store(packed + place, tile)
+    tl.store(packed + place, _narrow(tile.to(tl.float32), packed.dtype.element_ty))
 
 
 @triton.jit
 def _block_logits(
-    top, total, q, packed, strip, some, valid, start, stop, position, scale, kv_len, blocks, window,
+    top, total, q, packed, strip, some, valid, start, stop, position, kv_len, blocks, window,
     valid_row, M: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
     BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
-    MASKED: tl.constexpr,
+    NATIVE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Groups [start, stop): logits to the strip; running maximum and sum, by block of a group."""
     column = tl.arange(0, BLOCKS * LP)
@@ -257,12 +308,11 @@ def _block_logits(
     row = tl.arange(0, M)
     offsets = column[:, None] * C + channel[None, :]
     strip_offsets = own[None, :] * M + row[:, None]
-    pair: tl.constexpr = 2 if LP > 1 else 1
     packed_group = tl.full([], BLOCKS * LP * C, tl.int64)
     strip_group = tl.full([], BLOCKS * M, tl.int64)
-    for group in range(start, stop):
+    for group in tl.range(start, stop, num_stages=STAGES):
         keys = tl.load(packed + group * packed_group + offsets)
-        s = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        s = tl.dot(q, tl.trans(keys), input_precision="ieee", out_dtype=strip.dtype.element_ty)
         if MASKED:
             block, lane = _packed_key(column, group, BLOCKS, L, LP)
             key = block * L + lane
@@ -271,11 +321,7 @@ def _block_logits(
             if PADDED:
                 inside = inside & (tl.load(valid + key.to(tl.int64) * valid_row, mask=inside, other=0) != 0)
             s = tl.where(seen & inside[None, :], s, float("-inf"))
-        x = tl.max(tl.max(tl.reshape(s, [M, LP // pair, BLOCKS, pair]), 3), 1)
-        if MASKED:
-            x = tl.where(x == float("-inf"), x, x * scale)
-        else:
-            x = x * scale
+        x = _block_maximum(s, M, LP, BLOCKS, NATIVE)
         if PADDED:
             number = group * BLOCKS + own
             alive = tl.load(some + number, mask=number < blocks, other=0) != 0
@@ -298,7 +344,7 @@ def _channel_scores(
     valid_batch, valid_row, G: tl.constexpr, R: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     LP: tl.constexpr, BLOCKS: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
     TILES: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores of TILES tiles against all blocks, from M rows; programs draw such items by ticket.
 
@@ -323,8 +369,8 @@ def _channel_scores(
         q_rows = batch * q_batch + head * q_head + query.to(tl.int64) * q_row
         pointers = q + q_rows[:, None] + picked[None, :].to(tl.int64) * q_column
         q_tile = tl.load(pointers, mask=mine[:, None] & (channel < r)[None, :], other=0.0)
-        if NEGATIVE:
-            q_tile = -q_tile
+        # The scale goes into the query, so that a product is a logit and float16 has its range.
+        q_tile = _narrow(q_tile.to(tl.float32) * scale, packed.dtype.element_ty)
         position = query + offset
         first = tl.min(tl.where(mine, position, 2147483647))
         last = tl.max(tl.where(mine, position, -2147483648))
@@ -343,18 +389,18 @@ def _channel_scores(
         if WINDOWED:
             top, total = _block_logits(
                 top, total, q_tile, keys, strip, some + pair * blocks, valid + batch * valid_batch, start,
-                start_all, position, scale, kv_len, blocks, window, valid_row, M, C, L, LP, BLOCKS,
-                CAUSAL, WINDOWED, PADDED, True,
+                start_all, position, kv_len, blocks, window, valid_row, M, C, L, LP, BLOCKS,
+                CAUSAL, WINDOWED, PADDED, NATIVE, 1, True,
             )  # fmt: skip
         top, total = _block_logits(
             top, total, q_tile, keys, strip, some + pair * blocks, valid + batch * valid_batch, start_all,
-            stop_all, position, scale, kv_len, blocks, window, valid_row, M, C, L, LP, BLOCKS,
-            CAUSAL, WINDOWED, PADDED, False,
+            stop_all, position, kv_len, blocks, window, valid_row, M, C, L, LP, BLOCKS,
+            CAUSAL, WINDOWED, PADDED, NATIVE, STAGES, False,
         )  # fmt: skip
         top, total = _block_logits(
             top, total, q_tile, keys, strip, some + pair * blocks, valid + batch * valid_batch, stop_all,
-            stop, position, scale, kv_len, blocks, window, valid_row, M, C, L, LP, BLOCKS,
-            CAUSAL, WINDOWED, PADDED, True,
+            stop, position, kv_len, blocks, window, valid_row, M, C, L, LP, BLOCKS,
+            CAUSAL, WINDOWED, PADDED, NATIVE, 1, True,
         )  # fmt: skip
         peak = tl.max(top, 1)
         base = tl.where(peak == float("-inf"), 0.0, peak)
@@ -410,16 +456,17 @@ def _row_steps(
             if PADDED:
                 seen = seen & (tl.load(some + c, mask=c < count, other=0) != 0)[None, :]
             s = tl.where(seen, s * scale, float("-inf"))
-        else:
-            s = s * scale
-            if PADDED:
-                s = tl.where((tl.load(some + c) != 0)[None, :], s, float("-inf"))
+        elif PADDED:
+            s = tl.where((tl.load(some + c) != 0)[None, :], s * scale, float("-inf"))
         s = tl.reshape(s, [M, BN // 8, 4, 2])
-        new_top = tl.maximum(top, tl.max(tl.max(s, 3), 1))
-        base = new_top
         if MASKED or PADDED:
+            new_top = tl.maximum(top, tl.max(tl.max(s, 3), 1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s - base[:, None, :, None])
+            p = tl.exp2(s - base[:, None, :, None])
+        else:
+            new_top = tl.maximum(top, tl.max(tl.max(s, 3), 1) * scale)
+            base = new_top
+            p = tl.exp2(s * scale - base[:, None, :, None])
         total = total * tl.exp2(top - base) + tl.sum(tl.sum(p, 3), 1)
         top = new_top
     return top, total
@@ -643,7 +690,7 @@ def pack_keys(
     in_group, blocks = columns // lanes, triton.cdiv(kv_len, block)
     groups = triton.cdiv(blocks, in_group)
     width = max(16, triton.next_power_of_2(chosen.shape[2]))
-    packed = k.new_empty(batch, kv_heads, groups, columns, width)
+    packed = k.new_empty(batch, kv_heads, groups, columns, width, dtype=_strip_dtype(k))
     some = k.new_empty(batch, kv_heads, blocks, dtype=torch.int8)
     _pack_keys[(batch * kv_heads * groups,)](
         k, chosen, _mask_pointer(valid, k), packed, some, kv_heads, kv_len, groups, blocks, *k.stride(),
@@ -675,19 +722,19 @@ def channel_scores(
     blocks, tile_groups = triton.cdiv(kv_len, block), triton.cdiv(tiles, dealt.tiles)
     items = batch * kv_heads * tile_groups * dealt.parts
     programs = min(items, _processors(q.device) * launch.programs)
-    half = torch.float16 if q.element_size() == 2 else torch.float32
-    strips = q.new_empty(programs * packed.groups * packed.blocks_in_group * launch.rows, dtype=half)
+    strips = q.new_empty(programs * packed.groups * packed.blocks_in_group * launch.rows, dtype=_strip_dtype(q))
     ticket = torch.zeros(1, dtype=torch.int32, device=q.device)
     part = q.new_empty(batch, kv_heads, dealt.parts, tiles, blocks, dtype=torch.float32)
     _channel_scores[(programs,)](
         q, packed.keys, chosen, packed.some, _mask_pointer(valid, q), strips, ticket, part,
-        abs(scale) * LOG2_E, items, kv_heads, q_len, kv_len, offset, window or 0, packed.groups, blocks,
+        scale * LOG2_E, items, kv_heads, q_len, kv_len, offset, window or 0, packed.groups, blocks,
         chosen.shape[2], first_tile, tiles, tile_groups, *q.stride(), *_mask_strides(valid),
         G=q_heads // kv_heads, R=query_tile, C=packed.keys.shape[4], L=block,
         LP=triton.next_power_of_2(block), BLOCKS=packed.blocks_in_group, M=launch.rows, LANES=dealt.lanes,
         HEADS=dealt.heads, TILES=dealt.tiles, PARTS=dealt.parts, CHUNK=64, CAUSAL=causal,
-        WINDOWED=window is not None, PADDED=valid is not None, NEGATIVE=scale < 0,
-        num_warps=launch.warps, num_stages=launch.stages,
+        WINDOWED=window is not None, PADDED=valid is not None,
+        NATIVE=_native(q), STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
+        maxnreg=launch.registers,
     )  # fmt: skip
     return part
 
@@ -745,6 +792,16 @@ def compressed_mass(
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return mass
+
+
+def _strip_dtype(x: torch.Tensor) -> torch.dtype:
+    """What logits are kept in: float16 products run at twice float32's rate and order blocks as well."""
+    return torch.float16 if x.element_size() == 2 else torch.float32
+
+
+def _native(x: torch.Tensor) -> bool:
+    """Whether inline assembly runs: everywhere but in Triton's interpreter."""
+    return x.is_cuda
 
 
 def _processors(device: torch.device) -> int:

@@ -56,9 +56,7 @@ def _rank_keys(
     worth = tl.zeros_like(block).to(tl.float32)
     if MEAN:
         for delta in tl.static_range(-((l - 1) // d), L // d):
-            begin: tl.constexpr = delta * d
-            head: tl.constexpr = begin if begin > 0 else 0
-            tail: tl.constexpr = begin + l if begin + l < L else L
+            tokens = tl.minimum(delta * d + l, L) - tl.maximum(delta * d, 0)
             c = block * (L // d) + delta
             final = c * d + l - 1
             there = seen & (c >= 0) & (c < count)
@@ -69,7 +67,7 @@ def _rank_keys(
             if WINDOWED:
                 there = there & (final > first - window)
             mass = tl.load(source + (pair * tiles + at) * count + c, mask=there, other=0.0)
-            worth += mass * ((tail - head) / d)
+            worth += mass * (tokens / d)
     else:
         for piece in range(0, PARTS):
             place = ((pair * PARTS + piece) * tiles + at) * blocks + block
