@@ -26,7 +26,7 @@ class Sym:
     """A size that is only known at run time: a symbol of the graph, or an expression of symbols."""
 
     expr: sympy.Expr
-    low: int = field(default=0, compare=False)
+    low: int | None = field(default=None, compare=False)
     high: int | None = field(default=None, compare=False)
 
 
@@ -199,11 +199,14 @@ def from_sympy(expression: sympy.Expr, ranges: Mapping[Any, Any] | None = None) 
 
 def _symbol(expression: sympy.Expr, ranges: Mapping[Any, Any] | None) -> Sym:
     bounds = (ranges or {}).get(expression)
-    if bounds is None:
-        # A product of sizes is a size; anything else may be negative.
-        is_size = all(s.is_Symbol for s in sympy.Mul.make_args(expression))
-        return Sym(expression) if is_size else Sym(expression, low=-(2**63))
-    return Sym(expression, _integer(bounds.lower) or 0, _integer(bounds.upper))
+    if bounds is not None:
+        return Sym(expression, _integer(bounds.lower), _integer(bounds.upper))
+    # A product of sizes is a size; of anything else nothing is known.
+    factors = sympy.Mul.make_args(expression)
+    known = [(ranges or {}).get(factor) for factor in factors]
+    if all(b is not None and (_integer(b.lower) or -1) >= 0 for b in known):
+        return Sym(expression, low=0)
+    return Sym(expression)
 
 
 def _integer(bound: Any) -> int | None:

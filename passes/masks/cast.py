@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine
 from nsa_compile.passes.masks.conditions import CONDITIONS, Condition
-from nsa_compile.passes.masks.values import Unknown, Value, as_number, map_leaves, truth
-from nsa_compile.passes.masks.views import Stuck
+from nsa_compile.passes.masks.values import Stuck, Unknown, Value, as_number, map_leaves, truth
 
 
 def cast(value: Value, dtype: torch.dtype) -> Value:

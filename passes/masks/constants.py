@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine
 from nsa_compile.passes.masks.conditions import FALSE, TRUE, ge
 from nsa_compile.passes.masks.logic import all_of
 from nsa_compile.passes.masks.values import Value, choose
 from nsa_compile.passes.masks.views import Index
-from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Larger than the causal buffer of an 8,192-token model; past it a proof by value costs real time.
 _MOST_ELEMENTS = 64 * 2**20

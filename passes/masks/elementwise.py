@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks.affine import Affine, floor_div, modulo
@@ -12,9 +14,8 @@ from nsa_compile.passes.masks.cast import cast, condition, numbers
 from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition, eq, ge, ne
 from nsa_compile.passes.masks.lift import Lifter, Rule
 from nsa_compile.passes.masks.logic import all_of, any_of, negation
-from nsa_compile.passes.masks.values import Value, choose, map_leaves, pairs
-from nsa_compile.passes.masks.views import Index, Stuck
-from torch import fx
+from nsa_compile.passes.masks.values import Stuck, Value, choose, map_leaves, pairs
+from nsa_compile.passes.masks.views import Index
 
 
 def _compare(of: Callable[[Affine], Condition], decide: Callable[[float], bool]) -> Rule:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks import views
@@ -21,6 +23,7 @@ from nsa_compile.passes.masks.constants import Patterns
 from nsa_compile.passes.masks.mutation import Mutations
 from nsa_compile.passes.masks.sizes import Size, Sizes
 from nsa_compile.passes.masks.values import (
+    Stuck,
     Unknown,
     Value,
     as_number,
@@ -28,8 +31,7 @@ from nsa_compile.passes.masks.values import (
     size,
     truth,
 )
-from nsa_compile.passes.masks.views import Index, Stuck
-from torch import fx
+from nsa_compile.passes.masks.views import Index
 
 Rule = Callable[["Lifter", fx.Node, Op, Index], Value]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from nsa_compile.passes import dialect
 from torch import fx
+
+from nsa_compile.passes import dialect
 
 # Results of these share memory with their first argument (or may: reshape, contiguous, to).
 _ALIASES = {

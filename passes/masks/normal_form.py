@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine, Var
 from nsa_compile.passes.masks.conditions import FALSE, Condition, Ge, conjuncts, loads, variables
 from nsa_compile.passes.masks.logic import all_of
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Mask
-from torch import fx
 
 # Finds the node of a graph that holds a run-time integer, None when there is none.
 FindInteger = Callable[[Affine], "fx.Node | None"]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import views
 from nsa_compile.passes.masks.affine import Affine, Load, Var, affine
@@ -14,11 +16,9 @@ from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.logic import all_of
 from nsa_compile.passes.masks.normal_form import classify
 from nsa_compile.passes.masks.sizes import Size
-from nsa_compile.passes.masks.values import Choice, Unknown, Value, choose
-from nsa_compile.passes.masks.views import Stuck
+from nsa_compile.passes.masks.values import Choice, Stuck, Unknown, Value, choose
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Mask
-from torch import fx
 
 # An additive mask hides a key when it adds at most this. exp(score - maximum) is then 0 in float32
 # unless the scores of one row span more than 9,000, so dropping the key changes nothing. finfo.min,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks import elementwise, structure
@@ -9,7 +11,6 @@ from nsa_compile.passes.masks.cast import cast
 from nsa_compile.passes.masks.lift import Lifter, Rule
 from nsa_compile.passes.masks.values import Value
 from nsa_compile.passes.masks.views import Index
-from torch import fx
 
 _CASTS = ("to", "type", "type_as", "bool", "int", "long", "float", "half", "bfloat16", "double")
 

@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine, from_sympy
-from torch import fx
 
 Size: TypeAlias = "int | sympy.Expr"
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks.affine import Affine, Var, affine
 from nsa_compile.passes.masks.cast import cast, numbers
 from nsa_compile.passes.masks.conditions import Condition, eq, ge
 from nsa_compile.passes.masks.lift import Lifter, Rule
-from nsa_compile.passes.masks.values import Value, choose, pairs
-from nsa_compile.passes.masks.views import Index, Stuck
-from torch import fx
+from nsa_compile.passes.masks.values import Stuck, Value, choose, pairs
+from nsa_compile.passes.masks.views import Index
 
 
 def _arange(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
-    bounds = list(op["range"] or ())
-    start = op["start"] if len(bounds) < 2 else bounds[0]
+    bounds = list(op["range"] or ())  # (end), (start, end) or (start, end, step), or by name
+    starts = len(bounds) > 1 or (len(bounds) == 1 and op["end"] is not None)
+    start = bounds[0] if starts else op["start"]
     step = op["step"] if len(bounds) < 3 else bounds[2]
     first = lifter.sizes.integer(0 if start is None else start)
     by = 1 if step is None else step

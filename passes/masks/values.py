@@ -19,6 +19,12 @@ from nsa_compile.passes.masks.conditions import (
 )
 from nsa_compile.passes.masks.logic import all_of, any_of, negation
 
+_MOST_PAIRS = 64
+
+
+class Stuck(Exception):
+    """Lifting met something it does not understand; never leaves passes/masks."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -99,7 +105,13 @@ def map_leaves(value: Value, function: Callable[[Value], Value]) -> Value:
 
 
 def pairs(x: Value, y: Value, function: Callable[[Value, Value], Value]) -> Value:
-    """``function`` of every pair of branches."""
+    """``function`` of every pair of branches.
+
+    Raises:
+        Stuck: there are too many, so this is no mask.
+    """
+    if len(leaves(x)) * len(leaves(y)) > _MOST_PAIRS:
+        raise Stuck("a value with very many cases")
     return map_leaves(x, lambda a: map_leaves(y, lambda b: function(a, b)))
 
 

@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks.affine import Affine, floor_div, lower, modulo
 from nsa_compile.passes.masks.sizes import Size, Sizes, product
-from torch import fx
-
-
-class Stuck(Exception):
-    """Lifting met something it does not understand; never leaves passes/masks."""
+from nsa_compile.passes.masks.values import Stuck
 
 
 class Element(NamedTuple):

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import views
 from nsa_compile.passes.masks.affine import Affine, Var, affine, floor_div
+from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.sizes import Sizes
-from torch import fx
+from nsa_compile.passes.masks.values import Stuck
 
 # unsqueeze, expand, reshape, contiguous and a cast or two: longer chains are no repetition.
 _LONGEST = 8
 
 
-def undo(key: fx.Node, value: fx.Node, sizes: Sizes) -> tuple[fx.Node, fx.Node]:
+def undo(key: fx.Node, value: fx.Node, reader: fx.Node, lifter: Lifter) -> tuple[fx.Node, fx.Node]:
     """The tensors whose heads ``key`` and ``value`` repeat, each head G times in a row.
 
     before: k ``[B, Hkv, Tk, D]`` -> unsqueeze, expand, reshape -> ``[B, Hkv * G, Tk, D]``
     after:  k
 
-    Skips when the two do not go back to the same number of heads, or when the repetition has
-    another order (a tiled ``repeat`` puts head h at ``h mod Hkv``).
+    Skips when the two do not go back to the same number of heads, when the repetition has another
+    order (a tiled ``repeat`` puts head h at ``h mod Hkv``), or when the tensor below is written to
+    in place between the repetition and ``reader``, the node that attends.
     """
-    unrepeated_key, unrepeated_value = repeated(key, sizes), repeated(value, sizes)
+    unrepeated_key, unrepeated_value = (
+        _unchanged(repeated(node, lifter.sizes), node, reader, lifter) for node in (key, value)
+    )
     if unrepeated_key is None or unrepeated_value is None:
         return key, value
     if dialect.shape(unrepeated_key)[1] != dialect.shape(unrepeated_value)[1]:  # type: ignore[index]
         return key, value
     return unrepeated_key, unrepeated_value
+
+
+def _unchanged(
+    found: fx.Node | None, node: fx.Node, reader: fx.Node, lifter: Lifter
+) -> fx.Node | None:
+    """``found``, unless it changes between ``node``, which repeats it, and ``reader``."""
+    if found is None:
+        return None
+    before, after = (lifter.mutations.version(found, at) for at in (node, reader))
+    return found if before == after else None
 
 
 def repeated(node: fx.Node, sizes: Sizes) -> fx.Node | None:
@@ -45,7 +61,7 @@ def repeated(node: fx.Node, sizes: Sizes) -> fx.Node | None:
         op = dialect.view(node)
         try:
             element = op and views.source(node, op, index, sizes, _no_tensor_index)
-        except views.Stuck:
+        except Stuck:
             return found
         if not element:
             return found
@@ -71,4 +87,4 @@ def _same(at: Affine, expected: Affine, size: object) -> bool:
 
 
 def _no_tensor_index(node: fx.Node, index: views.Index) -> Affine:
-    raise views.Stuck("heads picked by an index tensor")
+    raise Stuck("heads picked by an index tensor")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nsa_compile.passes import dialect
 from torch import fx
+
+from nsa_compile.passes import dialect
 
 _SDPA = "scaled_dot_product_attention"
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import fx
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import Geometry, Prover
 from nsa_compile.passes.masks.sizes import Size
@@ -13,7 +15,6 @@ from nsa_compile.passes.match import heads, origin
 from nsa_compile.passes.match.roots import Root, find_roots
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Mask
-from torch import fx
 
 
 def find_sites(
@@ -43,7 +44,7 @@ def _site(root: Root, prover: Prover, path: str, cls: str, ordinal: int) -> Atte
     key, value = root.key, root.value
     refusal = _wrong_shape(root)
     if refusal is None:
-        key, value = heads.undo(key, value, prover.lifter.sizes)
+        key, value = heads.undo(key, value, root.output, prover.lifter)
     q, k, v = (_four(dialect.shape(n)) for n in (root.query, key, value))
     geometry = Geometry(q[0], q[1], q[2], k[2])
     mask = refusal or _decode(geometry) or _prove(root, geometry, prover)

@@ -125,3 +125,14 @@ def test_one_head_is_broadcast() -> None:
 
     site = check(f, (torch.randn(2, 4, 7, 8), torch.randn(2, 1, 7, 8))).site
     assert (site.q_heads, site.kv_heads) == (4, 1)
+
+
+def test_keys_written_after_their_repetition_are_left() -> None:
+    def f(x: Tensor) -> Tensor:
+        k = x[:, :2] * 2
+        repeated = k.repeat_interleave(2, 1)
+        k.zero_()
+        return F.scaled_dot_product_attention(x, repeated, repeated)
+
+    site = check(f, (torch.randn(2, 4, 7, 8),)).site
+    assert site.kv_heads == 4

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nsa_compile.passes.reasons import Reason, Refusal
-from nsa_compile.passes.site import Mask
 from torch import nn
 
+from nsa_compile.passes.reasons import Reason, Refusal
+from nsa_compile.passes.site import Mask
 from tests.passes.checking import Checker, check
 
 Tensor = torch.Tensor
@@ -46,6 +46,20 @@ def refusal(checker: Checker) -> Refusal:
 def at(q: Tensor) -> tuple[Tensor, Tensor]:
     t = q.shape[2]
     return torch.arange(t)[:, None], torch.arange(t)[None, :]
+
+
+def test_an_integer_argument_may_be_negative() -> None:
+    """A symbol that is no size has no sign: nothing may be concluded from it."""
+
+    def f(x: Tensor, n: int) -> Tensor:
+        q = x.view(2, 12, 4, 8).transpose(1, 2)
+        mask = (torch.arange(12) + n + 12 > 0)[None]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    x = torch.randn(2, 12, 32)
+    torch._dynamo.reset()
+    checker = check(f, (x, 5), (x, 7), (x, -3), (x, -4), dynamic=True)
+    assert "full" not in checker.masks
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
