@@ -101,6 +101,7 @@ def _run(
 
 def _keeper(result: Capture, values: Mapping[int, torch.Tensor]) -> Callable[..., Any]:
     """A backend that keeps its graphs in ``result`` and runs them as they are."""
+    frames: dict[str, list[str]] = {}
 
     def keep(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         placeholders = gm.graph.find_nodes(op="placeholder")
@@ -109,11 +110,22 @@ def _keeper(result: Capture, values: Mapping[int, torch.Tensor]) -> Callable[...
             for node, value in zip(placeholders, example_inputs, strict=True)
             if id(value) in values
         }
-        compile_id = str(CompileContext.current_compile_id() or "")
-        result.graphs.append(CapturedGraph(gm, known, compile_id))
+        result.graphs.append(CapturedGraph(gm, known, _compile_id(frames)))
         return gm.forward
 
     return keep
+
+
+def _compile_id(frames: dict[str, list[str]]) -> str:
+    """Dynamo's ``"frame/recompile"``, both counted from 0 in this capture.
+
+    Dynamo counts for the whole process, which would make equal captures differ.
+    """
+    frame, _, recompile = str(CompileContext.current_compile_id() or "0/0").rpartition("/")
+    recompiles = frames.setdefault(frame, [])
+    if recompile not in recompiles:
+        recompiles.append(recompile)
+    return f"{list(frames).index(frame)}/{recompiles.index(recompile)}"
 
 
 @contextmanager

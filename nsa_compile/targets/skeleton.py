@@ -95,7 +95,14 @@ class _KnownValues(TorchFunctionMode):
             return self._make(func, args, kwargs)
         if func in _MOVES:
             return _stay(func, args, kwargs)
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):
+            if _writes(func, kwargs):
+                raise  # a known tensor cannot take values that nobody knows
+            mixed = (args, kwargs)
+            args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(_META), mixed)
+            return func(*args, **kwargs)
 
     def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs.pop("pin_memory", None)
@@ -111,6 +118,13 @@ class _KnownValues(TorchFunctionMode):
                 return size
             self.remaining -= bytes_
         return func(*args, **{**kwargs, "device": _CPU})
+
+
+def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call changes one of its arguments: ``add_``, ``__iadd__``, ``__setitem__``."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name.startswith(("__i", "__set")) or "out" in kwargs
 
 
 def _stay(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

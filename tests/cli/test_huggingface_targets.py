@@ -1,0 +1,100 @@
+"""nsa-convert on Hugging Face configurations written by the test."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import Runner, convert
+
+pytest.importorskip("transformers")
+__all__ = ["convert"]
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64,
+    "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 512,
+    "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**LLAMA, **changes}))
+    return path
+
+
+@pytest.mark.parametrize("as_directory", [True, False])
+def test_a_configuration_is_a_target(convert: Runner, tmp_path: Path, as_directory: bool) -> None:
+    path = write(tmp_path)
+    outcome = convert(tmp_path if as_directory else path)
+    assert outcome.status == 0, outcome.err
+    assert outcome.json["model"] == "LlamaForCausalLM"
+    assert outcome.verdicts() == [
+        (f"model.layers.{i}.self_attn", "converted", None) for i in range(2)
+    ]
+    site = outcome.site()
+    assert (site["q_len"], site["q_heads"], site["kv_heads"]) == (512, 4, 2)
+    assert (site["mask"], site["dtype"]) == ("causal", "bfloat16")
+    assert "modeling_llama.py" in site["source"]
+
+
+def test_seq_len_and_batch(convert: Runner, tmp_path: Path) -> None:
+    site = convert(write(tmp_path), "--seq-len", 20000, "--batch", 2).site()
+    assert (site["batch"], site["kv_len"]) == (2, 20000)
+    assert site["flops_sparse"] < site["flops_dense"]
+
+
+def test_without_architectures_the_causal_model_is_built(convert: Runner, tmp_path: Path) -> None:
+    assert convert(write(tmp_path, architectures=None)).json["model"] == "LlamaForCausalLM"
+
+
+def test_an_encoder_attends_both_ways(convert: Runner, tmp_path: Path) -> None:
+    path = write(tmp_path, model_type="bert", architectures=["BertModel"], dtype="float32")
+    outcome = convert(path)
+    assert outcome.json["model"] == "BertModel"
+    assert [site["mask"] for site in outcome.json["sites"]] == ["full", "full"]
+
+
+BAD = {
+    "not json": ("{", "not a readable JSON file"),
+    "not an object": ("[1]", "expected a JSON object with a 'model_type'"),
+    "no model_type": ("{}", "expected a JSON object with a 'model_type'"),
+    "unknown type": ('{"model_type": "no_such_model"}', "cannot read this configuration"),
+    "bad sizes": (json.dumps({**LLAMA, "hidden_size": "wide"}), "config"),
+    "heads that do not divide": (json.dumps({**LLAMA, "num_attention_heads": 5}), "config"),
+    "an image model": ('{"model_type": "vit"}', "only text models"),
+    "remote code": (
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "a--b.C"}}),
+        "cannot read this configuration",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_configurations(convert: Runner, tmp_path: Path, case: str) -> None:
+    content, message = BAD[case]
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    outcome = convert(path)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert outcome.err.startswith("nsa-convert: error: ")
+    assert outcome.err.count("\n") == 1, outcome.err
+
+
+def test_a_directory_without_a_configuration(convert: Runner, tmp_path: Path) -> None:
+    outcome = convert(tmp_path)
+    assert outcome.status == 2
+    assert "config.json: no such file" in outcome.err
+
+
+def test_without_transformers_the_extra_is_named(
+    convert: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    outcome = convert(write(tmp_path))
+    assert outcome.status == 2
+    assert "pip install 'nsa-compile[hf]'" in outcome.err
