@@ -95,10 +95,11 @@ def select_blocks(
         summary = _pooled(k, k_cmp, valid, block, compress_block, compress_stride)
     else:
         raise ValueError(f"scorer must be 'channels' or 'mean', got {scorer!r}")
-    return torch.ops.nsa.select_blocks(
+    blocks = torch.ops.nsa.select_blocks(
         q, k, summary, valid, scorer, _scale(scale, dim), causal, offset, window, query_tile,
         block, num_selected, init_blocks, local_window, compress_block, compress_stride, 0,
     )  # fmt: skip
+    return blocks.unflatten(2, (-(-q.shape[2] // query_tile), num_selected))
 
 
 def selected_attention(

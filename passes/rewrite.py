@@ -12,6 +12,9 @@ from nsa_compile.passes.site import Decision, Mask
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+# Two rows past the compressed blocks keep their number from ever being 0 or 1, sizes that torch
+# compiles separately for: one dynamic compilation serves short sequences too.
+_SPARE_ROWS = 2
 _METADATA = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _BINARY = "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor"
 _IN_PLACE_OPERATORS = {f"i{name}" for name in _BINARY.split()} | {"setitem", "delitem"}
@@ -72,7 +75,7 @@ class Rewriter:
             summary = call(ops.channels.default, q, k, valid, r, config.dense_len)
         else:
             sizes = (config.compress_block, config.compress_stride)
-            summary = call(ops.compress.default, k, valid, *sizes)
+            summary = call(ops.compress.default, k, valid, *sizes, _SPARE_ROWS)
         visibility = (site.scale, mask.causal, mask.offset, mask.window)
         blocks = call(
             ops.select_blocks.default,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from nsa_compile.kernels import geometry
 from nsa_compile.kernels.attend import cpu, dense
 from nsa_compile.kernels.autograd import once_differentiable
 from nsa_compile.kernels.launchers import launchers
@@ -52,8 +54,9 @@ def _forward(implementation: Any) -> Any:
         if k.shape[2] <= dense_len:
             out, lse = dense.forward(q, k, v, valid, scale, causal, offset, window)
         else:
+            blocks = _by_tile(block_indices, q, query_tile)
             out, lse = implementation().forward(
-                q, k, v, block_indices, valid, scale, causal, offset, window, query_tile, block
+                q, k, v, blocks, valid, scale, causal, offset, window, query_tile, block
             )
         return out.contiguous(), lse.contiguous()
 
@@ -73,14 +76,21 @@ def _backward(implementation: Any) -> Any:
                 grad_out, grad_lse, q, k, v, out, lse, valid, scale, causal, offset, window
             )
         else:
+            blocks = _by_tile(block_indices, q, query_tile)
             grads = implementation().backward(
-                grad_out, grad_lse, q, k, v, out, lse, block_indices, valid, scale, causal, offset,
+                grad_out, grad_lse, q, k, v, out, lse, blocks, valid, scale, causal, offset,
                 window, query_tile, block,
             )  # fmt: skip
         dq, dk, dv = grads
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
     return kernel
+
+
+def _by_tile(block_indices: Tensor, q: Tensor, query_tile: int) -> Tensor:
+    """[B, Hkv, NT * n] as select_blocks returns it (or [B, Hkv, NT, n]) -> [B, Hkv, NT, n]."""
+    tiles = geometry.num_tiles(q.shape[2], query_tile)
+    return block_indices.reshape(*block_indices.shape[:2], tiles, -1)
 
 
 _lib.impl("selected_attention", _forward(lambda: cpu), "CPU")
@@ -121,7 +131,7 @@ def _flops(
     out_shape: Any = None, **kwargs: Any,
 ) -> int:  # fmt: skip
     """Two matmuls over the keys read: the selected blocks, or all of them when dense."""
-    keys = _keys_read(k_shape, block_indices_shape, args, kwargs)
+    keys = _keys_read(q_shape, k_shape, block_indices_shape, args, kwargs)
     batch, heads, q_len, dim = q_shape
     return 2 * batch * heads * q_len * keys * (dim + v_shape[3])
 
@@ -132,16 +142,20 @@ def _backward_flops(
     out: Any, lse: Any, block_indices_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any,
 ) -> int:  # fmt: skip
     """Five matmuls: the logits again, dP and dV over Dv, dQ and dK over D."""
-    keys = _keys_read(k_shape, block_indices_shape, args, kwargs)
+    keys = _keys_read(q_shape, k_shape, block_indices_shape, args, kwargs)
     batch, heads, q_len, dim = q_shape
     return 2 * batch * heads * q_len * keys * (3 * dim + 2 * v_shape[3])
 
 
-def _keys_read(k_shape: Any, block_indices_shape: Any, args: Any, kwargs: Any) -> int:
-    block, dense_len = (
-        kwargs[name] if name in kwargs else args[at]
-        for name, at in (("block", -2 + len(kwargs.keys() & {"dense_len"})), ("dense_len", -1))
-    )
-    if k_shape[2] <= dense_len:
-        return k_shape[2]
-    return min(k_shape[2], block * block_indices_shape[3])
+def _keys_read(
+    q_shape: Any, k_shape: Any, block_indices_shape: Any, args: Any, kwargs: Any
+) -> int:
+    # The trailing arguments are query_tile, block, dense_len; any suffix may come by keyword.
+    names = [name for name in ("query_tile", "block", "dense_len") if name not in kwargs]
+    positional = args[len(args) - len(names) :]
+    sizes = {**kwargs, **dict(zip(names, positional, strict=True))}
+    if k_shape[2] <= sizes["dense_len"]:
+        return int(k_shape[2])
+    tiles = geometry.num_tiles(q_shape[2], sizes["query_tile"])
+    selected = math.prod(block_indices_shape[2:]) // max(tiles, 1)
+    return min(int(k_shape[2]), sizes["block"] * selected)

@@ -1,4 +1,8 @@
-"""nsa::compress: mean pooling of keys into compressed blocks."""
+"""nsa::compress: mean pooling of keys into compressed blocks.
+
+``spare`` appends rows of zeros that belong to no block: torch compiles separately for sizes 0 and 1,
+so a graph that serves many lengths asks for two spare rows. Readers take the first Nc rows.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,25 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 _lib = torch.library.Library("nsa", "FRAGMENT")
-_lib.define("compress(Tensor x, Tensor? valid, int block, int stride) -> Tensor")
+_lib.define("compress(Tensor x, Tensor? valid, int block, int stride, int spare=0) -> Tensor")
 _lib.define(
     "compress_backward(Tensor grad, Tensor? valid, int block, int stride, SymInt length) -> Tensor"
 )
-_lib.impl("compress", cpu.compress, "CPU")
 _lib.impl("compress_backward", cpu.compress_backward, "CPU")
 
 
+@torch.library.impl(_lib, "compress", "CPU")
+def _cpu(x: Tensor, valid: Tensor | None, block: int, stride: int, spare: int = 0) -> Tensor:
+    return _with_spare(cpu.compress(x, valid, block, stride), spare)
+
+
 @torch.library.impl(_lib, "compress", "CUDA")
-def _cuda(x: Tensor, valid: Tensor | None, block: int, stride: int) -> Tensor:
-    return launchers("compress").compress(x, valid, block, stride)
+def _cuda(x: Tensor, valid: Tensor | None, block: int, stride: int, spare: int = 0) -> Tensor:
+    return _with_spare(launchers("compress").compress(x, valid, block, stride), spare)
+
+
+def _with_spare(blocks: Tensor, spare: int) -> Tensor:
+    return torch.nn.functional.pad(blocks, (0, 0, 0, spare)) if spare else blocks
 
 
 @torch.library.impl(_lib, "compress_backward", "CUDA")
@@ -34,9 +46,9 @@ def _backward_cuda(
 
 
 @torch.library.register_fake("nsa::compress", lib=_lib)
-def _fake(x: Tensor, valid: Tensor | None, block: int, stride: int) -> Tensor:
+def _fake(x: Tensor, valid: Tensor | None, block: int, stride: int, spare: int = 0) -> Tensor:
     batch, heads, length, dim = x.shape
-    return x.new_empty(batch, heads, geometry.num_compressed(length, block, stride), dim)
+    return x.new_empty(batch, heads, geometry.num_compressed(length, block, stride) + spare, dim)
 
 
 @torch.library.register_fake("nsa::compress_backward", lib=_lib)
@@ -48,15 +60,16 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, valid, ctx.block, ctx.stride = inputs
+    x, valid, ctx.block, ctx.stride, ctx.spare = inputs
     ctx.length = x.shape[2]
     ctx.save_for_backward(valid)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (valid,) = ctx.saved_tensors
-    dx = torch.ops.nsa.compress_backward(grad, valid, ctx.block, ctx.stride, ctx.length)
-    return dx, None, None, None
+    blocks = grad.narrow(2, 0, grad.shape[2] - ctx.spare)
+    dx = torch.ops.nsa.compress_backward(blocks, valid, ctx.block, ctx.stride, ctx.length)
+    return dx, None, None, None, None
 
 
 torch.library.register_autograd("nsa::compress", _backward, setup_context=_setup_context, lib=_lib)

@@ -1,4 +1,8 @@
-"""nsa::select_blocks: the blocks of keys that each tile of queries reads."""
+"""nsa::select_blocks: the blocks of keys that each tile of queries reads.
+
+The result is int32 [B, Hkv, NT * n], the n slots of tile after tile: torch compiles separately for
+sizes 0 and 1, so a dimension NT would cost short sequences a compilation of their own.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,8 @@ def _fake(
     causal: bool, offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
     init_blocks: int, local_window: int, compress_block: int, compress_stride: int, dense_len: int,
 ) -> Tensor:  # fmt: skip
-    tiles = geometry.num_tiles(q.shape[2], query_tile)
-    return q.new_empty((k.shape[0], k.shape[1], tiles, num_selected), dtype=torch.int32)
+    slots = geometry.num_tiles(q.shape[2], query_tile) * num_selected
+    return q.new_empty((k.shape[0], k.shape[1], slots), dtype=torch.int32)
 
 
 def _dispatch(implementation: Any) -> Any:
@@ -51,9 +55,12 @@ def _dispatch(implementation: Any) -> Any:
             num_selected, query_tile, q.shape[2], k.shape[2], offset, causal, window, init_blocks,
             local_window, block,
         )  # fmt: skip
-        return implementation()(
+        if scorer == "mean":
+            summary = summary[:, :, : geometry.num_compressed(k.shape[2], *compression)]
+        blocks: Tensor = implementation()(
             q, k, summary, valid, scorer, scale, causal, offset, window, *sizes, *compression
         )
+        return blocks.flatten(2)
 
     return kernel
 

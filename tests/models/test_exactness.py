@@ -20,14 +20,24 @@ from tests.models.equality import (
 )
 
 LENGTHS = (1, 31, 63, 507)
+CASES = [("tril_gpt", "none")] + [(m, side) for m in PADDED for side in ("none", "left", "right")]
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("name", ["tril_gpt", *PADDED])
+def _cases(*everyday: tuple[object, ...], of: list[tuple[object, ...]]) -> list[object]:
+    """All cases ``of``; those that are not ``everyday`` run with ``-m slow`` only."""
+    return [pytest.param(*case, marks=() if case in everyday else pytest.mark.slow) for case in of]
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "length"),
+    _cases(
+        *[(name, side, 507) for name, side in CASES if side != "right"],
+        *[("llama", side, length) for side in ("none", "right") for length in LENGTHS],
+        *[("mistral", "left", length) for length in LENGTHS],
+        of=[(*case, length) for case in CASES for length in LENGTHS],
+    ),
+)
 def test_static_shapes(name: str, side: str, length: int) -> None:
-    if side != "none" and name not in PADDED:
-        pytest.skip("this model takes no attention_mask")
     torch._dynamo.reset()
     model = build(name)
     fast = torch.compile(model, backend="nsa", dynamic=False, options=FULL_BUDGET)
@@ -35,12 +45,19 @@ def test_static_shapes(name: str, side: str, length: int) -> None:
     assert_all_converted(fast)
 
 
-@pytest.mark.parametrize("scorer", ["channels", "mean"])
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("name", ["tril_gpt", *PADDED])
+@pytest.mark.parametrize(
+    ("name", "side", "scorer"),
+    _cases(
+        ("tril_gpt", "none", "channels"),
+        ("llama", "left", "channels"),
+        ("llama", "none", "mean"),
+        ("mistral", "right", "channels"),
+        ("qwen3", "none", "channels"),
+        ("gpt2", "left", "mean"),
+        of=[(*case, scorer) for case in CASES for scorer in ("channels", "mean")],
+    ),
+)
 def test_one_dynamic_compile_serves_many_lengths(name: str, side: str, scorer: str) -> None:
-    if side != "none" and name not in PADDED:
-        pytest.skip("this model takes no attention_mask")
     torch._dynamo.reset()
     model = build(name)
     options = {**FULL_BUDGET, "scorer": scorer}
