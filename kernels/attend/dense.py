@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from nsa_compile.kernels.attend import backends
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.precision import accumulator
 from nsa_compile.kernels.visibility import sees
-from torch import Tensor
 
 # Queries of one CPU call when a mask must be built: the mask stays small, and keys that none of
 # them sees are left out.
@@ -30,14 +31,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out [B, Hq, Tq, Dv] in q.dtype, lse [B, Hq, Tq]), any strides."""
     out = lse = None
+    q, k, v = (backends.with_unit_stride(x) for x in (q, k, v))
     for part in _parts(q, k, valid, causal, offset, window):
         rows, keys = part.rows, part.keys
-        backend = backends.choose(
-            q[:, :, rows], k[:, :, keys], v[:, :, keys], part.bias, part.causal
-        )
-        part_out, part_lse = backend.forward(
-            q[:, :, rows], k[:, :, keys], v[:, :, keys], part.bias, part.causal, scale
-        )
+        inputs = (q[:, :, rows], k[:, :, keys], v[:, :, keys], part.bias, part.causal)
+        backend = backends.choose(*inputs, training=False)
+        part_out, part_lse = backend.forward(*inputs, scale)
         if part.dead is not None:
             part_out = part_out.masked_fill(part.dead[..., None], 0.0)
             part_lse = part_lse.masked_fill(part.dead, -torch.inf)
@@ -57,11 +56,12 @@ def backward(
     """(dq, dk, dv) from the forward's out and lse, any strides."""
     wide = accumulator(q.dtype)
     dq = dk = dv = None
+    grad_out, q, k, v = (backends.with_unit_stride(x) for x in (grad_out, q, k, v))
     for part in _parts(q, k, valid, causal, offset, window):
         rows, keys = part.rows, part.keys
         inputs = (q[:, :, rows], k[:, :, keys], v[:, :, keys])
         if grad_lse is None:
-            backend = backends.choose(*inputs, part.bias, part.causal)
+            backend = backends.choose(*inputs, part.bias, part.causal, training=True)
         else:
             backend = backends.MATH  # The fused kernels have no gradient of lse.
         part_lse = lse[:, :, rows]

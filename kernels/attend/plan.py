@@ -1,9 +1,9 @@
 """How tiles of queries read a table of key blocks, a run of tiles at a time, in plain PyTorch.
 
-Queries become tiles [B * Hkv * NT, G * R, D], keys and values tables of blocks [B * Hkv * Ns, L * D].
-Consecutive tiles form a run, whose logits stay in cache. The blocks that a run's tiles read fall into
-at most two parts: slots that are gathered, and a stretch of slots that hold neighbouring blocks in
-every tile (the local window), which is read in place as one overlapping view.
+Queries become tiles [B * Hkv * NT, G * R, D], keys and values tables of blocks [B * Hkv * Ns,
+L * D]. Consecutive tiles form a run, whose logits stay in cache. The blocks that a run's tiles read
+fall into at most two parts: slots that are gathered, and a stretch of slots that hold neighbouring
+blocks in every tile (the local window), which is read in place as one overlapping view.
 """
 
 from __future__ import annotations
