@@ -111,7 +111,8 @@ def _keeper(result: Capture, values: Mapping[int, torch.Tensor]) -> Callable[...
             if id(value) in values
         }
         result.graphs.append(CapturedGraph(gm, known, _compile_id(frames)))
-        return gm.forward
+        forward: Callable[..., Any] = gm.forward
+        return forward
 
     return keep
 

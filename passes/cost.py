@@ -181,7 +181,7 @@ def _text(size: Size) -> int | str:
 def _scale(scale: float | fx.Node) -> float | str:
     """A finite number, or the text of what holds it in a dynamic graph."""
     if isinstance(scale, fx.Node):
-        return scale.name
+        return str(scale.name)
     return float(scale) if math.isfinite(scale) else str(scale)
 
 
