@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 # Most rows a program takes, by (kernel, sixteen-bit inputs, widest head dim padded to a power of two).
 LAUNCHES: dict[tuple[str, bool, int], Launch] = {
     ("forward", True, 64): Launch(128, 64, 4, 3),
-    ("forward", True, 128): Launch(128, 64, 8, 3),
+    ("forward", True, 128): Launch(64, 64, 4, 2),
     ("forward", True, 256): Launch(64, 64, 4, 2),
     ("query", True, 64): Launch(128, 64, 8, 3),
     ("query", True, 128): Launch(64, 64, 4, 2),
@@ -61,7 +61,9 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _rows(base, row, stride, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHECK: tl.constexpr):
+def _rows(
+    base, row, stride, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHECK: tl.constexpr
+):
     """Rows of a matrix whose last dimension is dense, zero outside ``inside`` and past ``WIDTH``."""
     column = tl.arange(0, PADDED)
     pointers = base + row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -213,7 +215,9 @@ def _order_blocks(
         rank += ((other_seen > 0) & (other < block) & ((other_full > 0) == full)).to(tl.int32)
     rank += tl.where(full, 0, full_count[:, None])
     tl.store(ordered + row[:, None] * N + rank, block, mask=seen)
-    tl.store(ordered + row[:, None] * N + slot[None, :], -1, mask=own & (slot[None, :] >= count[:, None]))
+    tl.store(
+        ordered + row[:, None] * N + slot[None, :], -1, mask=own & (slot[None, :] >= count[:, None])
+    )
     tl.store(counts + row * 2, full_count, mask=row < total)
     tl.store(counts + row * 2 + 1, count, mask=row < total)
 
@@ -241,14 +245,15 @@ def _forward_steps(
         origin = origin.to(tl.int64)
         key = (origin + offset).to(tl.int32)
         inside = used & (key < kv_len)
+        if MASKED and PADDED:  # what stands in padding may be NaN: it must not be read at all
+            inside = inside & (
+                tl.load(valid + key.to(tl.int64) * valid_row, mask=inside, other=0) != 0
+            )
         k_tile = _rows(k + origin * k_row, offset, k_row, inside, D, DP, MASKED)
         s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
         if MASKED:
             seen = _visible(position[:, None], key[None, :], kv_len, window, CAUSAL, WINDOWED)
-            seen = seen & used[None, :]
-            if PADDED:
-                real = tl.load(valid + key.to(tl.int64) * valid_row, mask=inside, other=0)
-                seen = seen & (real != 0)[None, :]
+            seen = seen & inside[None, :]
             s = tl.where(seen, s * scale, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -309,7 +314,9 @@ def _forward(
     )  # fmt: skip
     alive = total > 0
     acc = acc / tl.where(alive, total, 1.0)[:, None]
-    log_sum = tl.where(alive, (top + tl.log2(tl.where(alive, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    log_sum = tl.where(
+        alive, (top + tl.log2(tl.where(alive, total, 1.0))) * 0.6931471805599453, float("-inf")
+    )
     place = (batch * kv_heads * G + head) * q_len + query
     _store_rows(out, place * DV, 1, mine, acc, DV, DVP)
     tl.store(lse + place, log_sum, mask=mine)
@@ -327,6 +334,10 @@ def _query_steps(
         origin = origin.to(tl.int64)
         key = (origin + offset).to(tl.int32)
         inside = used & (key < kv_len)
+        if MASKED and PADDED:
+            inside = inside & (
+                tl.load(valid + key.to(tl.int64) * valid_row, mask=inside, other=0) != 0
+            )
         k_tile = _rows(k + origin * k_row, offset, k_row, inside, D, DP, MASKED)
         v_tile = _rows(v + origin * v_row, offset, v_row, inside, DV, DVP, MASKED)
         s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
@@ -335,10 +346,7 @@ def _query_steps(
         ds = p * (dp - delta[:, None])
         if MASKED:
             seen = _visible(position[:, None], key[None, :], kv_len, window, CAUSAL, WINDOWED)
-            seen = seen & used[None, :]
-            if PADDED:
-                real = tl.load(valid + key.to(tl.int64) * valid_row, mask=inside, other=0)
-                seen = seen & (real != 0)[None, :]
+            seen = seen & inside[None, :]
             ds = tl.where(seen, ds, 0.0)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     return acc
@@ -361,7 +369,9 @@ def _query_gradient(
     head = (kv_head * G + row // R).to(tl.int64)
     query = tile * R + row % R
     mine = (row < G * R) & (query < q_len)
-    q_tile = _rows(q + batch * q_batch, head * q_head + query.to(tl.int64) * q_row, 1, mine, D, DP, True)
+    q_tile = _rows(
+        q + batch * q_batch, head * q_head + query.to(tl.int64) * q_row, 1, mine, D, DP, True
+    )
     if NEGATIVE:
         q_tile = -q_tile
     do_rows = head * do_head + query.to(tl.int64) * do_row
@@ -432,7 +442,9 @@ def _key_steps(
             query = tile * R + here % R
             mine = (here < rows) & (query < q_len)
             q_tile = _rows(q, head * q_head + query.to(tl.int64) * q_row, 1, mine, D, DP, True)
-            do_tile = _rows(do, head * do_head + query.to(tl.int64) * do_row, 1, mine, DV, DVP, True)
+            do_tile = _rows(
+                do, head * do_head + query.to(tl.int64) * do_row, 1, mine, DV, DVP, True
+            )
             place = head * q_len + query
         if NEGATIVE:
             q_tile = -q_tile
@@ -442,7 +454,9 @@ def _key_steps(
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
         p = tl.exp2(s * scale - log_sum[None, :])
         if MASKED:
-            seen = _visible((query + offset)[None, :], key[:, None], kv_len, window, CAUSAL, WINDOWED)
+            seen = _visible(
+                (query + offset)[None, :], key[:, None], kv_len, window, CAUSAL, WINDOWED
+            )
             p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
@@ -580,7 +594,9 @@ def forward(
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    ids, counts = _order(block_indices, valid, q_len, k.shape[2], causal, offset, window, query_tile, block)
+    ids, counts = _order(
+        block_indices, valid, q_len, k.shape[2], causal, offset, window, query_tile, block
+    )
     launch = _launch("forward", q, v, query_tile, block)
     tiles = block_indices.shape[2]
     rows = _program_rows(launch.rows, q_heads // kv_heads, query_tile)
@@ -602,23 +618,20 @@ def backward(
     valid: torch.Tensor | None, scale: float, causal: bool, offset: int, window: int | None,
     query_tile: int, block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dq, dk, dv) in the dtypes and, where those are dense, the layouts of q, k and v."""
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    """(dq, dk, dv), contiguous, in the dtypes of q, k and v."""
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     q, k, v, out, grad_out = (_dense_rows(x) for x in (q, k, v, out, grad_out))
-    results = tuple(_dense_rows(x) for x in gradients)
     lse = lse.contiguous()
-    if q.shape[2] == 0 or q.shape[0] == 0 or k.shape[2] == 0:
-        for result in gradients:
-            result.zero_()
+    if q.numel() == 0 or k.shape[2] == 0:
+        for gradient in gradients:
+            gradient.zero_()
         return gradients
+    dq, dk, dv = gradients
     geometry = (scale, causal, offset, window, query_tile, block)
-    ordered = _order(block_indices, valid, q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
+    ordered = _order(block_indices, valid, q.shape[2], k.shape[2], *geometry[1:])
     delta = torch.empty_like(lse)
-    _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, valid, results[0], delta, geometry)
-    _launch_key(grad_out, q, k, v, lse, ordered[0], valid, results[1], results[2], delta, geometry)
-    for result, gradient in zip(results, gradients, strict=True):
-        if result.data_ptr() != gradient.data_ptr():
-            gradient.copy_(result)
+    _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, valid, dq, delta, geometry)
+    _launch_key(grad_out, q, k, v, lse, ordered[0], valid, dk, dv, delta, geometry)
     return gradients
 
 
@@ -699,7 +712,9 @@ def _invert(
     needed = torch.where(count > piece, (count + piece - 1) // piece, 0)
     slot_first = torch.nn.functional.pad(needed.cumsum(1, dtype=torch.int32), (1, 0))
     slot = torch.arange(max(slots, 1), device=ids.device, dtype=torch.int32).expand(pairs, -1)
-    slot_block = torch.searchsorted(slot_first[:, 1:].contiguous(), slot.contiguous(), right=True, out_int32=True)
+    slot_block = torch.searchsorted(
+        slot_first[:, 1:].contiguous(), slot.contiguous(), right=True, out_int32=True
+    )
     return readers, starts, slot_first, slot_block
 
 

@@ -40,9 +40,9 @@ class Launch(NamedTuple):
 
 
 LAUNCHES: dict[tuple[str, bool], Launch] = {
-    ("channels", True): Launch(128, 256, 4, 3, 3),
+    ("channels", True): Launch(128, 256, 4, 3, 3, 168),
     ("channels", False): Launch(32, 64, 4, 1, 4),
-    ("row sums", True): Launch(128, 128, 8, 2),
+    ("row sums", True): Launch(128, 64, 8, 2),
     ("row sums", False): Launch(32, 32, 4, 1),
     ("column sums", True): Launch(64, 128, 4, 2),
     ("column sums", False): Launch(32, 32, 4, 1),
@@ -543,6 +543,31 @@ def _row_sums(
 
 
 @triton.jit
+def _dealt_rows(
+    step, first_tile, tiles, q_len, R: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+    LANES: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Head and first query (scalars where they can be), each row's query, rows in use; see Rows."""
+    row = tl.arange(0, M)
+    piece = step % PARTS
+    tile_group = step // PARTS
+    cuts: tl.constexpr = PARTS * HEADS // G
+    if TILES * HEADS == 1 and R % M == 0:  # neighbouring queries of one head
+        head = piece // cuts
+        start = (first_tile + tile_group) * R + piece % cuts * LANES
+        query = start + row
+        mine = query < q_len
+    else:
+        lane = piece % cuts * LANES + row % LANES
+        head = piece // cuts * HEADS + row // LANES % HEADS
+        tile = tile_group * TILES + row // (LANES * HEADS)
+        start = step * 0
+        query = (first_tile + tile) * R + lane
+        mine = (lane < R) & (tile < tiles) & (query < q_len)
+    return head, start, query, mine
+
+
+@triton.jit
 def _column_steps(
     y, q, log_sums, mass, alive, real, c, start, stop, scale, q_len, count, offset, window, q_head, q_row,
     first_tile, tiles, G: tl.constexpr, R: tl.constexpr, l: tl.constexpr, d: tl.constexpr,
@@ -550,24 +575,33 @@ def _column_steps(
     HEADS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.arange(0, M)
+    """Tile groups [start, stop); the next step's row sums are fetched a step ahead."""
     dim = tl.arange(0, DP)
     slot = tl.arange(0, TILES)
-    cuts: tl.constexpr = PARTS * HEADS // G
     subtotal = tl.zeros([BC, TILES], tl.float32)
+    head, first, query, mine = _dealt_rows(
+        start * PARTS, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
+    )
+    next_sum = tl.load(log_sums + head.to(tl.int64) * q_len + query, mask=mine, other=float("inf"))
     for step in range(start * PARTS, stop * PARTS):
-        piece = step % PARTS
-        tile_group = step // PARTS
-        lane = piece % cuts * LANES + row % LANES
-        head = piece // cuts * HEADS + row // LANES % HEADS
-        tile = tile_group * TILES + row // (LANES * HEADS)
-        query = (first_tile + tile) * R + lane
-        mine = (lane < R) & (tile < tiles) & (query < q_len)
-        pointers = q + (head.to(tl.int64) * q_head + query.to(tl.int64) * q_row)[:, None] + dim[None, :]
+        log_sum = next_sum
+        head, first, query, mine = _dealt_rows(
+            step + 1, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
+        )
+        next_sum = tl.load(log_sums + head.to(tl.int64) * q_len + query, mask=mine, other=float("inf"))
+        head, first, query, mine = _dealt_rows(
+            step, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
+        )
+        q_base = q + first.to(tl.int64) * q_row
+        if TILES * HEADS == 1:
+            q_base += head.to(tl.int64) * q_head
+            q_rows = (query - first) * q_row
+        else:
+            q_rows = head.to(tl.int64) * q_head + (query - first).to(tl.int64) * q_row
+        pointers = q_base + q_rows[:, None] + dim[None, :]
         q_tile = tl.load(pointers, mask=mine[:, None] & (dim < D)[None, :], other=0.0)
         if NEGATIVE:
             q_tile = -q_tile
-        log_sum = tl.load(log_sums + head.to(tl.int64) * q_len + query, mask=mine, other=float("inf"))
         s = tl.dot(y, tl.trans(q_tile), input_precision="ieee")
         p = tl.exp2(s * scale - log_sum[None, :])
         if MASKED:
@@ -575,10 +609,13 @@ def _column_steps(
             seen = _visible((query + offset)[None, :], last, 2147483647, window, CAUSAL, WINDOWED)
             p = tl.where(seen, p, 0.0)
         subtotal += tl.sum(tl.reshape(p, [BC, TILES, M // TILES]), 2)
-        done = piece == PARTS - 1
-        there = (tile_group * TILES + slot).to(tl.int64)[None, :] * count + c[:, None]
-        keep = alive[:, None] & (tile_group * TILES + slot < tiles)[None, :] & done
-        tl.store(mass + there, tl.where(real[:, None], subtotal, 0.0), mask=keep)
+        done = step % PARTS == PARTS - 1
+        tile = step // PARTS * TILES + slot
+        there = tile.to(tl.int64)[None, :] * count + c[:, None]
+        tl.store(
+            mass + there, tl.where(real[:, None], subtotal, 0.0),
+            mask=alive[:, None] & (tile < tiles)[None, :] & done,
+        )  # fmt: skip
         subtotal = tl.where(done, 0.0, subtotal)
 
 
@@ -759,7 +796,7 @@ def row_sums(
         G=q_heads // kv_heads, l=compress_block, d=compress_stride, D=dim,
         DP=max(16, triton.next_power_of_2(dim)), M=launch.rows, BN=launch.keys, CAUSAL=causal,
         WINDOWED=window is not None, PADDED=some is not None, NEGATIVE=scale < 0,
-        num_warps=launch.warps, num_stages=launch.stages,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return log_sums
 
@@ -789,7 +826,7 @@ def compressed_mass(
         d=compress_stride, D=dim, DP=max(16, triton.next_power_of_2(dim)), BC=launch.keys, M=launch.rows,
         LANES=dealt.lanes, HEADS=dealt.heads, TILES=dealt.tiles, PARTS=dealt.parts, CAUSAL=causal,
         WINDOWED=window is not None, PADDED=some is not None, NEGATIVE=scale < 0,
-        num_warps=launch.warps, num_stages=launch.stages,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return mass
 

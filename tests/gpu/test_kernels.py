@@ -1,0 +1,140 @@
+"""The Triton kernels on the GPU: every size class against float64, and inside a CUDA graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels import triton_cases
+from tests.kernels.triton_cases import Case, inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+HALVES = [torch.bfloat16, torch.float16]
+COMPRESSION = {"compress_block": 32, "compress_stride": 16}
+
+GROUPS = {
+    f"group {g}": Case(
+        heads=2 * g, kv_heads=2, q_len=507, kv_len=507, dim=64, value_dim=64, query_tile=64, block=64,
+        count=4, local_window=100, scale=0.2, channels=16, **COMPRESSION,
+    )
+    for g in (1, 2, 3, 4, 7, 8, 16)
+}  # fmt: skip
+DIMS = {
+    f"dims {d} and {dv}": Case(
+        heads=4, kv_heads=2, q_len=300, kv_len=333, dim=d, value_dim=dv, query_tile=64, block=64,
+        count=4, local_window=70, offset=33, scale=1.5 * d**-0.5, channels=max(16, d // 4), **COMPRESSION,
+    )
+    for d, dv in (
+        (32, 32), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (64, 128), (192, 128), (80, 48),
+    )
+}  # fmt: skip
+TILES = {
+    f"tile {r}, block {b}": Case(
+        heads=4, kv_heads=2, q_len=450, kv_len=450, dim=128, value_dim=128, query_tile=r, block=b,
+        count=3 + 320 // b, local_window=60, scale=0.15, channels=32, **COMPRESSION,
+    )
+    for r, b in (
+        (1, 64), (2, 32), (8, 64), (16, 64), (32, 16), (32, 64), (64, 32), (128, 64), (128, 16), (128, 128),
+        (256, 64), (64, 256),
+    )
+}  # fmt: skip
+_MASKED = Case(
+    heads=4, kv_heads=2, q_len=333, kv_len=399, dim=128, value_dim=128, query_tile=64, block=64, count=6,
+    local_window=90, scale=0.15, channels=32, batch=2, offset=66, **COMPRESSION,
+)  # fmt: skip
+MASKS = {
+    "padding": _MASKED._replace(padded=True),
+    "window": _MASKED._replace(window=130),
+    "window and padding": _MASKED._replace(window=130, padded=True),
+    "not causal": _MASKED._replace(causal=False),
+    "not causal, window, padding": _MASKED._replace(causal=False, window=130, padded=True),
+    "token granular, padding": _MASKED._replace(query_tile=1, padded=True),
+    "tile 16, window, padding": _MASKED._replace(query_tile=16, window=130, padded=True),
+    "negative scale": _MASKED._replace(scale=-0.15),
+    "negative offset": _MASKED._replace(offset=-20),
+    "one query": _MASKED._replace(q_len=1, offset=398),
+    "31 keys": _MASKED._replace(q_len=31, kv_len=31, offset=0),
+    "111 keys, block 24": _MASKED._replace(q_len=111, kv_len=111, offset=0, block=24, count=12, compress_stride=8),
+    "2000 keys": _MASKED._replace(q_len=2000, kv_len=2000, offset=0, count=9, batch=1),
+}  # fmt: skip
+CASES = {**GROUPS, **DIMS, **TILES, **MASKS}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name: str, dtype: torch.dtype) -> None:
+    triton_cases.attend(CASES[name], dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scorer", ["channels", "mean"])
+@pytest.mark.parametrize("name", CASES)
+def test_selection(name: str, scorer: str, dtype: torch.dtype) -> None:
+    triton_cases.select(CASES[name], dtype, scorer, "cuda")
+
+
+@pytest.mark.parametrize("name", ["group 3", "dims 80 and 48", "token granular, padding"])
+def test_float32(name: str) -> None:
+    case = CASES[name]
+    triton_cases.attend(case, torch.float32, "cuda")
+    for scorer in ("channels", "mean"):
+        triton_cases.select(case, torch.float32, scorer, "cuda")
+    triton_cases.channels(case, torch.float32, "cuda")
+    triton_cases.compress(case, torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", [*DIMS, *MASKS])
+def test_statistics(name: str, dtype: torch.dtype) -> None:
+    triton_cases.channels(CASES[name], dtype, "cuda")
+    triton_cases.compress(CASES[name], dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["group 4", "tile 16, block 64", "padding", "token granular, padding"])
+def test_readers_of_a_block_in_several_pieces(name: str, dtype: torch.dtype) -> None:
+    triton_cases.attend(CASES[name], dtype, "cuda", PIECE_ROWS=256)
+
+
+@pytest.mark.parametrize("scorer", ["channels", "mean"])
+def test_rounds_of_tiles(scorer: str) -> None:
+    triton_cases.select(CASES["2000 keys"], torch.bfloat16, scorer, "cuda", SCRATCH_BYTES=10000)
+
+
+@pytest.mark.parametrize("scorer", ["channels", "mean"])
+def test_runs_inside_a_cuda_graph(scorer: str) -> None:
+    """No host synchronisation, no allocation that depends on data: capture, then replay on others."""
+    import nsa_compile.kernels.library  # noqa: F401
+
+    case = CASES["2000 keys"]
+    q, k, v, _ = (x if x is None else x.cuda() for x in inputs(case, torch.bfloat16))
+    ops = torch.ops.nsa
+
+    def path() -> tuple[torch.Tensor, ...]:
+        if scorer == "channels":
+            summary = ops.channels(q, k, None, case.channels, 0)
+        else:
+            summary = ops.compress(k, None, case.compress_block, case.compress_stride)
+        blocks = ops.select_blocks(
+            q, k, summary, None, scorer, *case.mask, case.query_tile, case.block, case.count, 1,
+            case.local_window, case.compress_block, case.compress_stride, 0,
+        )  # fmt: skip
+        site = (blocks, None, *case.mask, case.query_tile, case.block, 0)
+        out, lse = ops.selected_attention(q, k, v, *site)
+        grads = ops.selected_attention_backward(out, None, q, k, v, out, lse, *site)
+        return blocks, out, lse, *grads
+
+    path()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = path()
+    for x, fresh in zip((q, k, v), inputs(case, torch.bfloat16, seed=9), strict=False):
+        x.copy_(fresh)
+    graph.replay()
+    for got, expected in zip(captured, path(), strict=True):
+        assert torch.equal(got, expected)

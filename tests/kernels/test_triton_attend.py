@@ -1,0 +1,41 @@
+"""Attention over selected blocks, in Triton's interpreter, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels import triton_cases
+from tests.kernels.triton_cases import Case
+
+CASES = {
+    "group of two": Case(),
+    "one query": Case(q_len=1, kv_len=31, offset=30),
+    "odd lengths, group of three": Case(heads=3, q_len=37, kv_len=50, query_tile=8, offset=13),
+    "token granular": Case(q_len=33, kv_len=45, query_tile=1, block=8, offset=12, count=2),
+    "padding": Case(heads=4, kv_heads=2, q_len=70, kv_len=75, padded=True, batch=2),
+    "window and padding": Case(q_len=50, kv_len=63, window=20, padded=True, offset=9),
+    "not causal": Case(causal=False, q_len=40, kv_len=56, query_tile=32),
+    "not causal, window": Case(causal=False, window=9, q_len=63, kv_len=63),
+    "dims 20 and 40": Case(dim=20, value_dim=40, q_len=31, kv_len=31),
+    "long block": Case(kv_len=300, q_len=40, block=256, offset=260),
+    "block of 24": Case(block=24, q_len=70, kv_len=70, query_tile=32),
+    "negative offset": Case(q_len=70, kv_len=40, offset=-5),
+    "negative scale": Case(scale=-0.4),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference(name: str, interpreted) -> None:
+    interpreted(triton_cases.attend, CASES[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["group of two", "padding"])
+def test_half_precision(name: str, interpreted) -> None:
+    interpreted(triton_cases.attend, CASES[name], torch.float16)
+
+
+@pytest.mark.parametrize("name", ["group of two", "padding", "token granular"])
+def test_readers_of_a_block_in_several_pieces(name: str, interpreted) -> None:
+    """A short piece length makes every popular block's list long."""
+    interpreted(triton_cases.attend, CASES[name], torch.float32, PIECE_ROWS=32)

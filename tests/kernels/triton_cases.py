@@ -1,0 +1,224 @@
+"""What a Triton launcher must return: checks against the float64 reference, for any device.
+
+Every check fills fresh memory with NaN first (``torch.use_deterministic_algorithms``), so a value
+that no kernel wrote is found, and also proves that nothing used is nondeterministic by PyTorch's word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Largest relative RMS error of outputs and of gradients.
+TOLERANCE = {
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (5e-3, 1e-2),
+    torch.bfloat16: (5e-3, 1e-2),
+}
+
+
+class Case(NamedTuple):
+    """Sizes of one check; lengths and dims are odd on purpose where they can be."""
+
+    heads: int = 2
+    kv_heads: int = 1
+    q_len: int = 64
+    kv_len: int = 64
+    dim: int = 16
+    value_dim: int = 16
+    query_tile: int = 16
+    block: int = 16
+    count: int = 3
+    causal: bool = True
+    offset: int = 0
+    window: int | None = None
+    padded: bool = False
+    scale: float = 0.3
+    local_window: int = 12
+    channels: int = 8
+    compress_block: int = 8
+    compress_stride: int = 4
+    batch: int = 1
+
+    @property
+    def mask(self) -> tuple[float, bool, int, int | None]:
+        return self.scale, self.causal, self.offset, self.window
+
+
+@contextmanager
+def replaced(module: ModuleType, constants: dict[str, Any]) -> Iterator[None]:
+    """The module with other constants, for sizes that only large inputs would reach."""
+    before = {name: getattr(module, name) for name in constants}
+    vars(module).update(constants)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh tensors hold NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    difference = (got.double().cpu() - expected).norm()
+    return float(difference / expected.norm().clamp(min=1e-30))
+
+
+def inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+    """q, k, v as views of [B, T, H, D], and the padding mask or None."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(length: int, heads: int, dim: int) -> Tensor:
+        x = torch.randn(case.batch, length, heads, dim, generator=generator)
+        return (x * (0.5 + torch.rand(dim, generator=generator))).to(dtype).transpose(1, 2)
+
+    q = rows(case.q_len, case.heads, case.dim)
+    k = rows(case.kv_len, case.kv_heads, case.dim)
+    v = rows(case.kv_len, case.kv_heads, case.value_dim)
+    valid = None
+    if case.padded:
+        valid = torch.rand(case.batch, case.kv_len, generator=generator) > 0.4
+        valid[:, case.block : 2 * case.block] = False
+        valid[:, -1] = True
+    return q, k, v, valid
+
+
+def random_blocks(case: Case, seed: int = 1) -> Tensor:
+    """Any indices: unsorted, repeated, negative, past the end."""
+    generator = torch.Generator().manual_seed(seed)
+    tiles, blocks = -(-case.q_len // case.query_tile), -(-case.kv_len // case.block)
+    shape = (case.batch, case.kv_heads, tiles, case.count)
+    return torch.randint(-1, blocks + 1, shape, generator=generator, dtype=torch.int32)
+
+
+def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any) -> None:
+    """Forward and all gradients of attention over random blocks."""
+    from nsa_compile.kernels.attend import reference, triton_kernel
+
+    *qkv, valid = inputs(case, dtype)
+    blocks = random_blocks(case)
+    sizes = (*case.mask, case.query_tile, case.block)
+    exact = [x.double().requires_grad_() for x in qkv]
+    out, lse = reference.selected_attention(*exact, blocks, valid, *sizes)
+    sees = ~lse.isinf()
+    generator = torch.Generator().manual_seed(2)
+    grad_out = torch.randn(out.shape, generator=generator).to(dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator)
+    objective = (out * grad_out.double()).sum() + (lse * grad_lse.double())[sees].sum()
+    expected = torch.autograd.grad(objective, exact)
+
+    if valid is not None:  # what stands in padding must not matter, nor may it be read
+        qkv[1:] = [x.masked_fill(~valid[:, None, :, None], torch.nan) for x in qkv[1:]]
+    on_device = [x.to(device) for x in qkv]
+    rest = (blocks.to(device), None if valid is None else valid.to(device), *sizes)
+    upstream = (grad_out.to(device), grad_lse.to(device))
+    with poisoned(), replaced(triton_kernel, overrides):
+        results = triton_kernel.forward(*on_device, *rest)
+        grads = triton_kernel.backward(*upstream, *on_device, *results, *rest)
+        again = triton_kernel.forward(*on_device, *rest)
+        again += triton_kernel.backward(*upstream, *on_device, *again, *rest)
+    most, most_grad = TOLERANCE[dtype]
+    assert relative_error(results[0], out) < most
+    assert torch.equal(results[1].isinf().cpu(), ~sees)
+    assert relative_error(results[1].cpu()[sees], lse[sees]) < most
+    for name, grad, exact_grad in zip("qkv", grads, expected, strict=True):
+        assert relative_error(grad, exact_grad) < most_grad, f"d{name}"
+    for once, twice in zip((*results, *grads), again, strict=True):
+        assert torch.equal(once, twice), "two runs differ"
+
+
+def select(case: Case, dtype: torch.dtype, scorer: str, device: str = "cpu", **overrides: Any) -> None:
+    """The chosen blocks: visible, ascending, the forced ones, and by score as good as the best."""
+    from nsa_compile.kernels.compress import reference as compress_reference
+    from nsa_compile.kernels.score import reference as score_reference
+    from nsa_compile.kernels.select import reference, triton_kernel
+
+    q, k, _, valid = inputs(case, dtype)
+    if scorer == "channels":
+        summary = score_reference.channels(q.double(), k.double(), valid, case.channels)
+    else:
+        compression = (case.compress_block, case.compress_stride)
+        summary = compress_reference.compress(k.double(), valid, *compression).to(dtype)
+    sizes = (scorer, *case.mask, case.query_tile, case.block)
+    forced = (1, case.local_window, case.compress_block, case.compress_stride)
+    exact_summary = summary if scorer == "channels" else summary.double()
+    worth = reference.ranked_scores(q.double(), k.double(), exact_summary, valid, *sizes, *forced)
+    on_device = [x if x is None else x.to(device) for x in (q, k, summary, valid)]
+    with poisoned(), replaced(triton_kernel, overrides):
+        picked, again = (
+            triton_kernel.select_blocks(*on_device, *sizes, case.count, *forced).cpu()
+            for _ in range(2)
+        )
+    assert torch.equal(picked, again), "two runs differ"
+    # Keys in half precision move a score by its rounding.
+    check_selection(picked, worth, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def check_selection(picked: Tensor, worth: Tensor, tolerance: float) -> None:
+    """``picked`` [B, Hkv, NT, n] against the scores [B, Hkv, NT, Ns] it should be the best of."""
+    count, blocks = picked.shape[3], worth.shape[3]
+    visible = (worth > -torch.inf).sum(-1).clamp(max=count)
+    assert torch.equal((picked >= 0).sum(-1), visible), "too few or too many blocks"
+    ids = torch.where(picked >= 0, picked.long(), blocks)
+    assert bool(((ids.diff(dim=-1) > 0) | (ids[..., 1:] == blocks)).all()), "not ascending"
+    padded = torch.nn.functional.pad(worth, (0, 1), value=0.0)
+    got = padded.gather(-1, ids)
+    assert bool((got > -torch.inf).all()), "an invisible block"
+    best = worth.sort(-1, descending=True).values[..., :count]
+    best = torch.nn.functional.pad(best, (0, count - best.shape[-1]))
+    best = best.where(torch.arange(count) < visible[..., None], 0.0)
+    assert torch.equal(got.isinf().sum(-1), best.isinf().sum(-1)), "a forced block is missing"
+    total, most = (x.masked_fill(x.isinf(), 0.0).sum(-1) for x in (got, best))
+    assert bool((most - total <= tolerance * most.clamp(min=1e-6)).all()), "better blocks exist"
+
+
+def channels(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The same channels as the reference, which finds them well apart on these inputs."""
+    from nsa_compile.kernels.score import reference, triton_kernel
+
+    q, k, _, valid = inputs(case, dtype)
+    strength = reference.channel_strength(q.double(), k.double(), valid)
+    on_device = [x if x is None else x.to(device) for x in (q, k, valid)]
+    with poisoned():
+        chosen = triton_kernel.channels(*on_device, case.channels).cpu()
+    assert bool((chosen.diff(dim=-1) > 0).all()), "not ascending"
+    best = strength.sort(-1, descending=True).values[..., : case.channels].sum(-1)
+    got = strength.gather(-1, chosen.long()).sum(-1)
+    assert bool((got >= best * (1 - 1e-5)).all())
+
+
+def compress(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Pooled keys and the gradient of the keys."""
+    from nsa_compile.kernels.compress import reference, triton_kernel
+
+    _, k, _, valid = inputs(case, dtype)
+    compression = (case.compress_block, case.compress_stride)
+    exact = k.double().requires_grad_()
+    pooled = reference.compress(exact, valid, *compression)
+    grad = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    if valid is not None:
+        k = k.masked_fill(~valid[:, None, :, None], torch.nan)
+        valid = valid.to(device)
+    with poisoned():
+        got = triton_kernel.compress(k.to(device), valid, *compression)
+        got_grad = triton_kernel.compress_backward(grad.to(device), valid, *compression, case.kv_len)
+    assert got.shape == pooled.shape
+    if not pooled.numel():
+        assert not got_grad.any()
+        return
+    (expected,) = torch.autograd.grad((pooled * grad.double()).sum(), exact)
+    most, most_grad = TOLERANCE[dtype]
+    assert relative_error(got, pooled.detach()) < most
+    assert relative_error(got_grad, expected) < most_grad
