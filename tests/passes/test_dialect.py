@@ -62,6 +62,7 @@ SPELLINGS: dict[tuple[str, tuple[tuple[str, Any], ...]], list[fx.Node]] = {
         node(torch.le, "x", 3),
         node(torch.less_equal, "x", 3),
         node("le", "x", 3),
+        node("__le__", "x", 3),
         node("le", "x", other=3),
         node(aten.le.Scalar, "x", 3),
     ],

@@ -177,10 +177,15 @@ def test_source_is_the_line_of_the_model() -> None:
 
 def test_an_exported_program_has_the_same_sites() -> None:
     class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key = nn.Linear(32, 16)
+
         def forward(self, x: Tensor, padding: Tensor) -> Tensor:
             t = x.shape[1]
             q = x.view(x.shape[0], t, 4, 8).transpose(1, 2)
-            k = q[:, :2].repeat_interleave(2, 1)
+            k = self.key(x).view(x.shape[0], t, 2, 8).transpose(1, 2)
+            k = k.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2)
             causal = torch.arange(t)[None] <= torch.arange(t)[:, None]
             mask = causal & padding[:, None, None, :].bool()
             return sdpa(q, k, k, attn_mask=mask)
