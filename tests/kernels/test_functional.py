@@ -1,0 +1,144 @@
+"""nsa_compile.functional: results, defaults and what it says about wrong inputs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nsa_compile import functional
+from nsa_compile.passes.config import NSAConfig
+
+B, HQ, HKV, T, D, DV = 2, 4, 2, 200, 16, 24
+SMALL = {"block": 16, "query_tile": 16, "num_selected": 5, "local_window": 20}
+
+
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(B, HQ, T, D), torch.randn(B, HKV, T, D), torch.randn(B, HKV, T, DV)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {"dense_len": 0},
+        {"dense_len": 0, "scorer": "mean"},
+        NSAConfig(dense_len=0, query_tile=1),
+        {"dense_len": 0, "query_tile": 128},
+    ],
+)
+def test_budget_beyond_the_sequence_is_sdpa(config: Any) -> None:
+    q, k, v = tensors()
+    out = functional.nsa_attention(q, k, v, config=config)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+
+
+def test_whole_path_is_its_parts() -> None:
+    q, k, v = tensors()
+    valid = torch.rand(B, T) < 0.8
+    sizes = {"select_block": 16, "query_tile": 16, "num_selected": 5, "window": 20}
+    whole = functional.nsa_attention(
+        q, k, v, config={"dense_len": 0, **sizes}, valid=valid, window=90, scale=0.2
+    )
+    blocks = functional.select_blocks(q, k, valid=valid, window=90, scale=0.2, **SMALL)
+    assert blocks.dtype == torch.int32
+    assert blocks.shape == (B, HKV, 13, 5)
+    parts, lse = functional.selected_attention(
+        q, k, v, blocks, block=16, query_tile=16, valid=valid, window=90, scale=0.2, return_lse=True
+    )
+    assert lse.shape == (B, HQ, T)
+    torch.testing.assert_close(whole, parts)
+
+
+def test_gradients_reach_q_k_v() -> None:
+    inputs = [x.requires_grad_() for x in tensors()]
+    sizes = {"dense_len": 0, "select_block": 16, "query_tile": 16, "num_selected": 5, "window": 20}
+    functional.nsa_attention(*inputs, config=sizes).sum().backward()
+    assert all(x.grad is not None and x.grad.any() for x in inputs)
+
+
+def test_compressed_keys_may_be_given() -> None:
+    q, k, _ = tensors()
+    k_cmp = functional.compress(k, block=32, stride=16)
+    assert k_cmp.shape == (B, HKV, (T - 32) // 16 + 1, D)
+    mine = functional.select_blocks(q, k, scorer="mean", k_cmp=k_cmp, **SMALL)
+    assert torch.equal(mine, functional.select_blocks(q, k, scorer="mean", **SMALL))
+
+
+def test_the_order_of_64_bit_indices_does_not_matter() -> None:
+    q, k, v = tensors()
+    blocks = functional.select_blocks(q, k, **SMALL)
+    expected = functional.selected_attention(q, k, v, blocks, block=16, query_tile=16)
+    flipped = blocks.flip(-1).long()
+    got = functional.selected_attention(q, k, v, flipped, block=16, query_tile=16)
+    torch.testing.assert_close(got, expected)
+
+
+q, k, v = tensors()
+blocks = torch.zeros(B, HKV, 13, 5, dtype=torch.int32)
+WRONG = {
+    "k must be [B, Hkv, Tk, D], got [2, 4, 64]": lambda: functional.select_blocks(
+        q, torch.zeros(2, 4, 64)
+    ),
+    "q must be [B, Hq, Tq, D], got [4, 200, 16]": lambda: functional.select_blocks(q[0], k),
+    "v must be [B, Hkv, Tk, Dv] with [2, 2, 200] of k, got [2, 4, 200, 24]": lambda: (
+        functional.nsa_attention(q, k, v.repeat(1, 2, 1, 1))
+    ),
+    "k must be [B, Hkv, Tk, D] with B=2 and D=16 of q, got [2, 2, 200, 8]": lambda: (
+        functional.select_blocks(q, k[..., :8])
+    ),
+    "Hq must be a multiple of Hkv, got Hq=3 and Hkv=2": lambda: functional.select_blocks(
+        q[:, :3], k
+    ),
+    "got k in torch.float16 and q in torch.float32": lambda: functional.select_blocks(q, k.half()),
+    "valid must be bool [B, Tk] = [2, 200], got torch.float32 [2, 200]": lambda: (
+        functional.select_blocks(q, k, valid=torch.ones(2, 200))
+    ),
+    "valid must be bool [B, T] = [2, 200], got torch.bool [2, 100]": lambda: functional.compress(
+        k, block=8, stride=4, valid=torch.ones(2, 100, dtype=torch.bool)
+    ),
+    "x must be [B, H, T, D], got [2, 200, 16]": lambda: functional.compress(
+        k[0], block=8, stride=4
+    ),
+    "scorer must be 'channels' or 'mean', got 'max'": lambda: functional.select_blocks(
+        q, k, scorer="max"
+    ),
+    "block must be a multiple of compress_stride, got block=64 and compress_stride=24": lambda: (
+        functional.select_blocks(q, k, scorer="mean", compress_stride=24)
+    ),
+    "k_cmp must be [B, Hkv, Nc, D] = [2, 2, 11, 16] in torch.float32": lambda: (
+        functional.select_blocks(q, k, scorer="mean", k_cmp=k)
+    ),
+    "query_tile must be a positive integer, got 0": lambda: functional.select_blocks(
+        q, k, query_tile=0
+    ),
+    "window must be a positive integer, got 0": lambda: functional.nsa_attention(q, k, v, window=0),
+    "num_selected=2 cannot hold the 4 blocks of 64": lambda: functional.select_blocks(
+        q, k, num_selected=2
+    ),
+    "[2, 2, 7, n], got [2, 2, 13, 5]": lambda: functional.selected_attention(
+        q, k, v, blocks, block=16, query_tile=32
+    ),
+    "block_indices must be int32 or int64, got torch.float32": lambda: (
+        functional.selected_attention(q, k, v, blocks.float(), block=16, query_tile=16)
+    ),
+    "unknown option 'windw'; did you mean 'window'?": lambda: functional.nsa_attention(
+        q, k, v, config={"windw": 3}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_inputs_are_named(message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        WRONG[message]()
+
+
+def test_gates_are_not_here_yet() -> None:
+    with pytest.raises(NotImplementedError, match="merge='gate' needs trained gates"):
+        functional.nsa_attention(q, k, v, config={"merge": "gate"})

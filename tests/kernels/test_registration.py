@@ -1,0 +1,133 @@
+"""The operators as torch sees them: opcheck, meta tensors, dynamic shapes, FLOPs, no Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import nsa_compile.kernels.library  # noqa: F401
+from nsa_compile.kernels.launchers import launchers
+from tests.kernels.inputs import Site
+
+nsa = torch.ops.nsa
+
+
+def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operator for one site."""
+    q, k, v = site.tensors(torch.float32, requires_grad=requires_grad)
+    valid, sizes = site.valid(), (site.compress_block, site.compress_stride)
+    channels = nsa.channels(q, k, valid, 8, 0)
+    pooled = nsa.compress(k, valid, *sizes)
+    tiling = (site.query_tile, site.block)
+    budget = (site.num_selected, site.init_blocks, site.local_window, *sizes, dense_len)
+    blocks = nsa.select_blocks(q, k, channels, valid, "channels", *site.mask, *tiling, *budget)
+    attention = (blocks, valid, *site.mask, *tiling, dense_len)
+    out, lse = nsa.selected_attention(q, k, v, *attention)
+    detached = [x.detach() for x in (q, k, v, out, lse)]
+    return {
+        "channels": (q, k, valid, 8, dense_len),
+        "compress": (k, valid, *sizes),
+        "compress, spare": (k, valid, *sizes, 2),
+        "compress_backward": (pooled.detach(), valid, *sizes, k.shape[2]),
+        "select_blocks": (q, k, channels, valid, "channels", *site.mask, *tiling, *budget),
+        "select_blocks, mean": (q, k, pooled, valid, "mean", *site.mask, *tiling, *budget),
+        "selected_attention": (q, k, v, *attention),
+        "selected_attention_backward": (detached[3], None, *detached, *attention),
+        "selected_attention_backward, lse": (detached[3], detached[4], *detached, *attention),
+    }
+
+
+NAMES = list(calls(Site(), False, 0))
+
+
+@pytest.mark.parametrize("dense_len", [0, 10**6])
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, requires_grad: bool, padding: str, dense_len: int) -> None:
+    site = Site(q_len=70, dim=16, value_dim=8, padding=padding)
+    arguments = calls(site, requires_grad, dense_len)[name]
+    torch.library.opcheck(getattr(nsa, name.split(",")[0]), arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_tensors(name: str) -> None:
+    arguments = calls(Site(), False, 0)[name]
+    op = getattr(nsa, name.split(",")[0])
+    on_meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
+    real, meta = op(*arguments), op(*on_meta)
+    for a, b in zip(
+        *((x,) if isinstance(x, torch.Tensor) else x for x in (real, meta)), strict=True
+    ):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        assert b.is_meta
+
+
+@pytest.mark.parametrize("offset", [0, 5])
+def test_one_compilation_serves_lengths_and_offsets(offset: int) -> None:
+    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offset: int) -> torch.Tensor:
+        channels = nsa.channels(q, k, None, 8, 64)
+        budget = (5, 1, 20, 8, 4, 64)
+        mask = (0.3, True, offset, None)
+        blocks = nsa.select_blocks(q, k, channels, None, "channels", *mask, 16, 16, *budget)
+        return nsa.selected_attention(q, k, v, blocks, None, *mask, 16, 16, 64)[0]
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(whole, backend=counter, dynamic=True, fullgraph=True)
+    for step, length in enumerate((100, 40, 300, 64, 65)):
+        inputs = Site(q_len=length).tensors(torch.float32, requires_grad=True)
+        start = offset + step * (offset > 0)
+        out, expected = compiled(*inputs, start), whole(*inputs, start)
+        torch.testing.assert_close(out, expected)
+        got = torch.autograd.grad(out.square().sum(), inputs)
+        torch.testing.assert_close(got, torch.autograd.grad(expected.square().sum(), inputs))
+    assert counter.frame_count == 1
+
+
+def flops(function: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_flops_count_what_is_read() -> None:
+    q, k, v = torch.empty(1, 8, 1024, 64), *(torch.empty(1, 2, 1024, 64) for _ in range(2))
+    channels = torch.zeros(1, 2, 16, dtype=torch.int32)
+    blocks = torch.zeros(1, 2, 16 * 4, dtype=torch.int32)
+    q, k, v, channels, blocks = (x.to("meta") for x in (q, k, v, channels, blocks))
+    mask = (0.1, True, 0, None, 64, 64)
+    dense = 2 * 8 * 1024 * 1024 * 128
+    assert flops(lambda: nsa.selected_attention(q, k, v, blocks, None, *mask, 1024)) == dense
+    assert flops(lambda: nsa.selected_attention(q, k, v, blocks, None, *mask, 0)) == dense // 4
+    budget = (4, 1, 64, 32, 16)
+    select = (q, k, channels, None, "channels", *mask, *budget)
+    assert flops(lambda: nsa.select_blocks(*select, 0)) == 2 * 8 * 1024 * 1024 * 16
+    assert flops(lambda: nsa.select_blocks(*select, dense_len=1024)) == 0
+    pooled = nsa.compress(k, None, 32, 16)
+    mean = (q, k, pooled, None, "mean", *mask, *budget, 0)
+    assert flops(lambda: nsa.select_blocks(*mean)) == 2 * 8 * 1024 * 63 * 64
+
+
+def test_flops_of_the_backward_are_two_and_a_half_forwards() -> None:
+    site = Site()
+    inputs = site.tensors(torch.float32, requires_grad=True)
+    blocks = site.random_blocks()
+    sizes = (site.valid(), *site.mask, site.query_tile, site.block, 0)
+
+    def forward() -> torch.Tensor:
+        return nsa.selected_attention(*inputs, blocks, *sizes)[0]
+
+    once = flops(forward)
+    assert flops(lambda: forward().sum().backward()) == once * 7 // 2
+
+
+def test_without_triton_the_cuda_path_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    launchers.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"\(attend\) are written in Triton, .* not installed"):
+        launchers("attend")
