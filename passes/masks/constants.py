@@ -209,7 +209,7 @@ class Patterns:
         return total <= _MOST_ELEMENTS
 
 
-class _Deterministic(TorchDispatchMode):  # type: ignore[misc]
+class _Deterministic(TorchDispatchMode):
     """Refuses random operators: their value now says nothing about their value at run time."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -16,12 +16,12 @@ from torch import fx
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks import views
-from nsa_compile.passes.masks.affine import Affine, Load, affine, lower, upper
+from nsa_compile.passes.masks.affine import Affine, Load, Var, affine, lower, upper
 from nsa_compile.passes.masks.cast import cast
 from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition, ne
 from nsa_compile.passes.masks.constants import Patterns
 from nsa_compile.passes.masks.mutation import Mutations
-from nsa_compile.passes.masks.sizes import Size, Sizes
+from nsa_compile.passes.masks.sizes import Sizes
 from nsa_compile.passes.masks.values import (
     Stuck,
     Unknown,
@@ -110,6 +110,12 @@ class Lifter:
         return found
 
     def _lift(self, node: fx.Node, index: Index) -> Value:
+        found = self._understood(node, index)
+        if self._is_row(node, index):
+            self._name_row(node, found)
+        return found
+
+    def _understood(self, node: fx.Node, index: Index) -> Value:
         try:
             found = self._rule(node, index)
             if dialect.value(node).dtype == torch.bool:
@@ -123,9 +129,14 @@ class Lifter:
             return self._opaque(node, index, "too deep an expression")
         if not _fits(found, node) or size(found) > _LARGEST:
             return self._opaque(node, index, "values that its dtype may not hold exactly")
-        if len(index) == 2 and _row_and_key(index, dialect.shape(node)):
-            self._name_row(node, found)
         return found
+
+    def _is_row(self, node: fx.Node, index: Index) -> bool:
+        """Whether ``node`` is ``[B, Tk]`` or ``[1, Tk]`` and read at ``[b, j]``, all of it."""
+        if len(index) != 2:
+            return False
+        rows, columns = self.sizes.shape(node) or (Affine(), Affine())
+        return _spans(index[0], "b", rows) and _spans(index[1], "j", columns)
 
     def _name_row(self, node: fx.Node, found: Value) -> None:
         """Remember ``node`` ``[B, Tk]`` as a tensor that says which keys are real, if it can be."""
@@ -193,19 +204,8 @@ def _leaf_fits(leaf: Value, dtype: torch.dtype) -> bool:
     return low is not None and high is not None and limits.min <= low and high <= limits.max
 
 
-def _row_and_key(index: Index, shape: tuple[Size, ...] | None) -> bool:
-    """Whether a ``[B, Tk]`` tensor is read at ``[b, j]``; the only key of ``[B, 1]`` is at 0."""
-    only_key = shape is not None and shape[1] == 1 and index[1].constant == 0
-    return is_batch(index[0]) and (only_key or is_position(index[1], "j"))
-
-
-def is_position(at: Affine, name: str) -> bool:
-    """Whether ``at`` is the position ``name`` (one of b, h, i, j) and nothing else."""
-    return at.const == 0 and [(getattr(a, "name", ""), c) for a, c in at.terms.items()] == [
-        (name, 1)
-    ]
-
-
-def is_batch(at: Affine) -> bool:
-    """Whether ``at`` is the batch position, or 0 where the batch dimension is broadcast."""
-    return at.constant == 0 or is_position(at, "b")
+def _spans(at: Affine, name: str, size: Affine) -> bool:
+    """Whether ``at`` runs over all of a dimension of ``size`` as the position ``name`` does."""
+    if size.constant == 1:
+        return at.constant == 0
+    return at == affine(Var(name, size))

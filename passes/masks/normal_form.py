@@ -136,7 +136,8 @@ def _unclassified(terms: list[Condition], mask: fx.Node | None) -> Refusal:
         return _refusal(mask, f"the condition {_shown(terms[0])}")
     load = min(stopped, key=lambda each: each.node)
     at = ", ".join(repr(e) for e in load.index)
-    return _refusal(load.node, load.why or f"read at [{at}], which is no padding of keys [b, j]")
+    known_later = f"its value at [{at}] is only known at run time, and it is no [B, Tk] key padding"
+    return _refusal(load.node, load.why or known_later)
 
 
 def _shown(conjunct: Condition) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import views
-from nsa_compile.passes.masks.affine import Affine, Load, Var, affine
+from nsa_compile.passes.masks.affine import Affine, Load, Var, affine, lower
 from nsa_compile.passes.masks.conditions import CONDITIONS, FALSE, TRUE, Condition, ge, ne
 from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.logic import all_of
@@ -74,20 +75,49 @@ class Prover:
     ) -> Mask | Refusal:
         index = self._positions(geometry)
         keep: Condition = ge(index[2] - index[3]) if is_causal else TRUE
-        buffers: set[fx.Node] = set()
+        kept, buffers = _Kept(TRUE), set[fx.Node]()
         if mask is not None:
             lifted = self._lift(geometry, mask, index, reader)
             if isinstance(lifted, Refusal):
                 return lifted
-            keep = all_of([keep, lifted])
+            kept = lifted
             buffers = self.lifter.patterns.read & _ancestors(mask)
-        return classify(
-            keep,
+        found = classify(
+            all_of([keep, kept.condition]),
             mask,
             buffers=buffers,
-            rows={c: n for c, n in self.lifter.rows.items() if _width(n) == geometry.kv_len},
+            rows=self.lifter.rows,
             find_integer=lambda at: self._holder(at, reader),
         )
+        if isinstance(found, Mask) and mask is not None:
+            return self._unusable(found, kept, geometry, mask, reader) or found
+        return found
+
+    def _unusable(
+        self, found: Mask, kept: _Kept, geometry: Geometry, mask: fx.Node, reader: fx.Node
+    ) -> Refusal | None:
+        """Why a proven mask cannot stand for ``mask`` at ``reader`` all the same."""
+        if found.valid is not None:
+            # The rewritten graph reads the padding where the attention stands.
+            if self.lifter.mutations.version(found.valid, reader) is not found.valid:
+                return _refusal(found.valid, "it is written to in place before it is used")
+        if kept.penalty is not None and not self._every_row_sees_a_key(found, geometry):
+            # Softmax over equal finite penalties averages over the keys that they should hide.
+            return _refusal(mask, f"it adds {kept.penalty} to whole rows: they hide nothing")
+        return None
+
+    def _every_row_sees_a_key(self, mask: Mask, geometry: Geometry) -> bool:
+        """Whether every query sees a key, padding aside: rows of padding may hold anything."""
+        sizes = self.lifter.sizes
+        offset = sizes.integer(mask.offset) if mask.causal else Affine()
+        assert offset is not None
+        if mask.causal and not _at_least_zero(offset):
+            return False
+        if mask.window is None:
+            return True
+        # The last query stands at Tq - 1 + offset; its window must reach back to key Tk - 1.
+        last = sizes.affine(geometry.q_len) + offset - 1
+        return _at_least_zero(sizes.affine(geometry.kv_len) - 1 - last + (mask.window - 1))
 
     def _positions(self, geometry: Geometry) -> views.Index:
         """The index (b, h, i, j) of one score; 0 where a dimension has one element."""
@@ -99,7 +129,7 @@ class Prover:
 
     def _lift(
         self, geometry: Geometry, mask: fx.Node, index: views.Index, reader: fx.Node
-    ) -> Condition | Refusal:
+    ) -> _Kept | Refusal:
         shape = dialect.shape(mask)
         if shape is None or len(shape) > 4:
             return _refusal(mask, "it is no tensor of at most 4 dimensions")
@@ -123,19 +153,20 @@ class Prover:
         return node if node is not None and node < reader else None
 
 
-def _kept(value: Value, mask: fx.Node) -> Condition | Refusal:
+@dataclass(frozen=True)
+class _Kept:
+    """Where a mask lets a key through; ``penalty`` is the finite number that it adds elsewhere."""
+
+    condition: Condition
+    penalty: float | None = None
+
+
+def _kept(value: Value, mask: fx.Node) -> _Kept | Refusal:
     """Where ``value`` lets a key through: true, or an additive 0."""
     if isinstance(value, CONDITIONS):
-        return value
+        return _Kept(value)
     if isinstance(value, Choice):
-        then, otherwise = _kept(value.then, mask), _kept(value.otherwise, mask)
-        if isinstance(then, Refusal):
-            return then
-        if isinstance(otherwise, Refusal):
-            return otherwise
-        decided = choose(value.condition, then, otherwise)
-        assert isinstance(decided, CONDITIONS)
-        return decided
+        return _kept_choice(value, mask)
     if isinstance(value, Unknown):
         load = value.load
         return _refusal(load.node, load.why or "its values are only known at run time")
@@ -144,7 +175,18 @@ def _kept(value: Value, mask: fx.Node) -> Condition | Refusal:
     return _kept_constant(value, mask)
 
 
-def _kept_integer(value: Affine, mask: fx.Node) -> Condition | Refusal:
+def _kept_choice(value: Choice, mask: fx.Node) -> _Kept | Refusal:
+    then, otherwise = _kept(value.then, mask), _kept(value.otherwise, mask)
+    if isinstance(then, Refusal):
+        return then
+    if isinstance(otherwise, Refusal):
+        return otherwise
+    decided = choose(value.condition, then.condition, otherwise.condition)
+    assert isinstance(decided, CONDITIONS)
+    return _Kept(decided, otherwise.penalty if then.penalty is None else then.penalty)
+
+
+def _kept_integer(value: Affine, mask: fx.Node) -> _Kept | Refusal:
     if value.constant is not None:
         return _kept_constant(value.constant, mask)
     ((atom, step), *more) = value.terms.items()
@@ -153,19 +195,17 @@ def _kept_integer(value: Affine, mask: fx.Node) -> Condition | Refusal:
     return _kept(choose(ne(affine(atom)), affine(value.const + step), affine(value.const)), mask)
 
 
-def _kept_constant(value: float, mask: fx.Node) -> Condition | Refusal:
+def _kept_constant(value: float, mask: fx.Node) -> _Kept | Refusal:
     if value == 0:
-        return TRUE
+        return _Kept(TRUE)
     if value <= MASKED:
-        return FALSE
+        return _Kept(FALSE, None if value == -math.inf else value)
     return _refusal(mask, f"it adds {value} to scores, which neither keeps nor hides a key")
 
 
-def _width(row: fx.Node) -> Size:
-    """Keys that a ``[B, Tk]`` tensor speaks about."""
-    shape = dialect.shape(row)
-    assert shape is not None
-    return shape[1]
+def _at_least_zero(integer: Affine) -> bool:
+    low = lower(integer)
+    return low is not None and low >= 0
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

@@ -161,6 +161,7 @@ PADDING_MISSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "on queries": lambda q, p: p.bool()[:, None, :, None],
     "on both": lambda q, p: p.bool()[:, None, :, None] & p.bool()[:, None, None, :],
     "shifted": lambda q, p: p.bool().roll(1, 1)[:, None, None, :] & p.bool()[:, None, None, :],
+    "first row": lambda q, p: p.bool()[0, None, None, None],
     "other row": lambda q, p: p.bool()[0, None, None, None] & p.bool()[:, None, None, :],
     "or causal": lambda q, p: p.bool()[:, None, None, :] | (at(q)[1] <= at(q)[0]),
     "additive": lambda q, p: (1.0 - p[:, None, None, :].float()) * -1e9,
@@ -178,14 +179,65 @@ def test_padding_near_misses_are_refused(name: str, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.int32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int64, torch.uint8, torch.int32, torch.float32]
+)
 def test_padding_dtypes(dtype: torch.dtype, dynamic: bool) -> None:
     p = torch.randint(0, 2, (2, 12)).to(dtype)
 
     def mask(q: Tensor, p: Tensor) -> Tensor:
-        return (at(q)[1] <= at(q)[0]) & padding_rows(q, p)[:, None, None, :].bool()
+        return (at(q)[1] <= at(q)[0]) & padding_rows(q, p).bool()[:, None, None, :]
 
     assert run(mask, p, dynamic=dynamic).masks == ["causal & padding"]
+
+
+def test_the_padding_tensor_has_one_column_a_key() -> None:
+    p = torch.randint(0, 2, (2, 20))
+
+    def sliced(q: Tensor, p: Tensor) -> Tensor:
+        return p[:, None, None, :12].bool()
+
+    assert run(sliced, p, dynamic=False).masks == ["mask_not_understood"]
+
+    def named(q: Tensor, p: Tensor) -> Tensor:
+        return p[:, :12].bool()[:, None, None, :]
+
+    assert run(named, p, dynamic=False).masks == ["padding"]
+
+
+def test_padding_that_is_overwritten_before_its_use_is_refused() -> None:
+    def f(x: Tensor, p: Tensor) -> Tensor:
+        q = x.view(2, 12, 4, 8).transpose(1, 2)
+        keys = p != 0
+        mask = keys[:, None, None, :] & torch.ones(12, 12, dtype=torch.bool)
+        keys.zero_()
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    checker = check(f, (torch.randn(2, 12, 32), torch.ones(2, 12)))
+    assert checker.masks == ["mask_not_understood"]
+    assert "in place" in refusal(checker).detail
+
+
+@pytest.mark.parametrize(
+    ("hides", "expected"),
+    [
+        (lambda q: at(q)[1] > at(q)[0], "causal"),
+        (lambda q: (at(q)[1] > at(q)[0]) | (at(q)[1] <= at(q)[0] - 3), "causal & window(3)"),
+        (lambda q: at(q)[1] >= at(q)[0], "causal(offset=-1)"),
+        (lambda q: (at(q)[1] > at(q)[0] + 4) | (at(q)[1] <= at(q)[0] + 1), "causal(offset=4)"),
+    ],
+)
+def test_a_finite_penalty_hides_nothing_in_a_row_without_keys(
+    hides: Callable[[Tensor], Tensor], expected: str
+) -> None:
+    """Dense attention averages over such a row; -inf and booleans leave it at 0, as converted."""
+
+    def additive(penalty: float) -> Callable[[Tensor], Tensor]:
+        return lambda q: torch.zeros(12, 12).masked_fill(hides(q), penalty)
+
+    finite = run(additive(-1e9), dynamic=False).masks[0]
+    assert run(additive(float("-inf")), dynamic=False).masks[0].startswith(expected)
+    assert finite == ("mask_not_understood" if "offset" in expected else expected)
 
 
 def test_two_paddings_are_one_when_a_tensor_holds_both() -> None:
