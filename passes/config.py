@@ -56,6 +56,9 @@ class NSAConfig:
         compress_stride: d, tokens between the starts of compressed blocks.
         select_block: l', tokens in a selected block.
         num_selected: n, blocks a query tile reads, forced ones included.
+        candidates: blocks that scorer ``"channels"`` proposes; the exact logits choose
+            ``num_selected`` of them. None is half as many again, up to 32 (a larger budget needs
+            no second look); ``num_selected`` itself switches the second look off.
         init_blocks: blocks at the start of the sequence that are always read.
         window: w, most recent tokens that are always read, the query's own included.
         dense_len: up to this many keys the operator computes dense attention, decided at run time.
@@ -77,6 +80,7 @@ class NSAConfig:
     compress_stride: int = 16
     select_block: int = 64
     num_selected: int | None = None
+    candidates: int | None = None
     init_blocks: int = 1
     window: int | None = None
     dense_len: int | None = None
@@ -129,6 +133,15 @@ class NSAConfig:
             return min(self.score_channels, head_dim)
         return min(head_dim, max(16, head_dim // 4))
 
+    def proposed_blocks(self) -> int:
+        """Blocks that the scorer proposes to a tile; ``num_selected`` when nobody looks again."""
+        budget = self.num_selected or 0
+        if self.scorer != "channels":
+            return budget
+        if self.candidates is not None:
+            return self.candidates
+        return max(budget, min(budget + budget // 2, 32))
+
     def forced_blocks(self, offset: int | None = 0, causal: bool = True) -> int:
         """Most blocks that are forced on one tile: ``init_blocks`` and those the window touches."""
         window, tile = self.window or 0, self.query_tile or 1
@@ -154,10 +167,11 @@ class NSAConfig:
         least = {
             "query_tile": 1, "compress_block": 1, "compress_stride": 1, "select_block": 1,
             "num_selected": 1, "init_blocks": 0, "window": 1, "dense_len": 0, "score_channels": 1,
+            "candidates": 1,
         }  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and name == "score_channels":
+            if value is None and name in ("score_channels", "candidates"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise NSAConfigError(f"{name} must be an integer, got {value!r}")
@@ -180,6 +194,11 @@ class NSAConfig:
             raise NSAConfigError(
                 f"select_block must be a multiple of compress_stride, got select_block="
                 f"{self.select_block} and compress_stride={self.compress_stride}"
+            )
+        if self.candidates is not None and self.candidates < (self.num_selected or 0):
+            raise NSAConfigError(
+                f"candidates must be at least num_selected, got candidates={self.candidates} and "
+                f"num_selected={self.num_selected}"
             )
         forced = self.forced_blocks()
         if self.merge == "softmax" and (self.num_selected or 0) < forced:

@@ -110,21 +110,27 @@ def _scoring(site: AttentionSite, config: NSAConfig) -> Size:
     """Every visible key on r channels, or every compressed block on all of them."""
     pairs = _pairs(site, site.mask.window if isinstance(site.mask, Mask) else None)
     if config.scorer == "channels":
-        return _heads(site) * 2 * config.channels(site.head_dim) * pairs
+        refined: Size = 0
+        if config.proposed_blocks() > (config.num_selected or 0):
+            refined = site.head_dim * _listed(site, config.proposed_blocks() * config.select_block)
+        return _heads(site) * 2 * (config.channels(site.head_dim) * pairs + refined)
     return _heads(site) * 2 * site.head_dim * (pairs // config.compress_stride)
 
 
 def _attending(site: AttentionSite, config: NSAConfig) -> Size:
     """At most n * L of its visible keys for each query."""
     assert config.num_selected is not None
-    budget = config.num_selected * config.select_block
+    pairs = _listed(site, config.num_selected * config.select_block)
+    return _heads(site) * 2 * (site.head_dim + site.value_dim) * pairs
+
+
+def _listed(site: AttentionSite, keys: int) -> Size:
+    """Pairs of a query with at most ``keys`` of its visible keys."""
     mask = site.mask
     own = mask.window if isinstance(mask, Mask) else None
     if isinstance(mask, Mask) and mask.causal:
-        pairs = _pairs(site, budget if own is None else min(own, budget))
-    else:
-        pairs = _min(_pairs(site, own), _size(site.q_len) * budget)
-    return _heads(site) * 2 * (site.head_dim + site.value_dim) * pairs
+        return _pairs(site, keys if own is None else min(own, keys))
+    return _min(_pairs(site, own), _size(site.q_len) * keys)
 
 
 def _pairs(site: AttentionSite, window: int | None) -> Size:

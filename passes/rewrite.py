@@ -30,7 +30,8 @@ class Rewriter:
     After (scorer "channels"; "mean" has nsa.compress in its first line)::
 
         %summary = nsa.channels(%q, %k, %valid, r, dense_len)
-        %blocks = nsa.select_blocks(%q, %k, %summary, %valid, ...)
+        %candidates = nsa.select_blocks(%q, %k, %summary, %valid, ...)
+        %blocks = nsa.refine_blocks(%q, %k, %candidates, %valid, ...)  # where config.candidates asks
         %attention = nsa.selected_attention(%q, %k, %v, %blocks, %valid, ...)
         %out = %attention[0]
 
@@ -80,9 +81,16 @@ class Rewriter:
         blocks = call(
             ops.select_blocks.default,
             q, k, summary, valid, config.scorer, *visibility,
-            config.query_tile, config.select_block, config.num_selected, config.init_blocks,
+            config.query_tile, config.select_block, config.proposed_blocks(), config.init_blocks,
             config.window, config.compress_block, config.compress_stride, config.dense_len,
         )  # fmt: skip
+        if config.proposed_blocks() > (config.num_selected or 0):
+            blocks = call(
+                ops.refine_blocks.default,
+                q, k, blocks, valid, *visibility,
+                config.query_tile, config.select_block, config.num_selected, config.init_blocks,
+                config.window, config.dense_len,
+            )  # fmt: skip
         attention = call(
             ops.selected_attention.default,
             q, k, v, blocks, valid, *visibility,

@@ -35,6 +35,7 @@ def test_gate_defaults_are_the_papers_sizes() -> None:
         ({"compress_block": 24}, "compress_block must be a multiple of compress_stride"),
         ({"compress_stride": 3, "compress_block": 9}, "select_block must be a multiple of"),
         ({"num_selected": 17}, "make 18; raise num_selected to at least 18 or lower window"),
+        ({"num_selected": 32, "candidates": 20}, "candidates must be at least num_selected"),
         ({"include": 3}, "include must be a glob or a list of globs, got 3"),
         ({"per_layer": ["a"]}, "per_layer must map globs to options"),
         ({"per_layer": {"a": 3}}, "per_layer must map a glob to a dict of options"),
@@ -71,6 +72,24 @@ def test_later_globs_win_and_a_changed_merge_brings_its_defaults() -> None:
 )
 def test_layer_filters(include: object, exclude: object, module: str, expected: bool) -> None:
     assert NSAConfig(include=include, exclude=exclude).selects(module) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 64),
+        ({"num_selected": 32}, 32),
+        ({"num_selected": 16, "window": 128}, 24),
+        ({"num_selected": 24, "window": 128}, 32),
+        ({"num_selected": 16, "window": 128, "scorer": "mean"}, 16),
+        ({"num_selected": 16, "window": 128, "candidates": 16}, 16),
+        ({"candidates": 100}, 100),
+    ],
+)
+def test_small_budgets_are_chosen_among_more_candidates(
+    options: dict[str, object], expected: int
+) -> None:
+    assert NSAConfig(**options).proposed_blocks() == expected
 
 
 @pytest.mark.parametrize(("head_dim", "expected"), [(32, 16), (64, 16), (128, 32), (8, 8)])

@@ -1,0 +1,1 @@
+"""Choose among proposed blocks by their exact logits."""
