@@ -28,6 +28,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nsa_compile.passes.config import NSAConfig
+
 SCORERS = ("channels", "mean")
 # Fastest first, as measured on one H100: 56 ms cuDNN, 103 ms flash at 65,536 tokens, 32 heads.
 BACKENDS = (
@@ -149,6 +151,11 @@ class ConvertedPath:
 
     def __init__(self, settings: Settings, scorer: str) -> None:
         self.settings, self.scorer = settings, scorer
+        config = NSAConfig(
+            scorer=scorer, num_selected=settings.num_selected, window=settings.window,
+            query_tile=settings.query_tile, select_block=settings.block,
+        )  # fmt: skip
+        self.proposed = config.proposed_blocks()
         self.site = (settings.dim**-0.5, True, 0, None, settings.query_tile, settings.block)
 
     def summary(self, q: Tensor, k: Tensor) -> Tensor:
@@ -161,10 +168,20 @@ class ConvertedPath:
     def select(self, q: Tensor, k: Tensor, summary: Tensor) -> Tensor:
         s = self.settings
         picked = torch.ops.nsa.select_blocks(
-            q, k, summary, None, self.scorer, *self.site, s.num_selected, s.init_blocks, s.window,
+            q, k, summary, None, self.scorer, *self.site, self.proposed, s.init_blocks, s.window,
             s.compress_block, s.compress_stride, s.dense_len,
         )  # fmt: skip
         return as_tensor(picked)
+
+    def refine(self, q: Tensor, k: Tensor, candidates: Tensor) -> Tensor:
+        s = self.settings
+        if self.proposed == s.num_selected:
+            return candidates
+        chosen = torch.ops.nsa.refine_blocks(
+            q, k, candidates, None, *self.site, s.num_selected, s.init_blocks, s.window,
+            s.dense_len,
+        )  # fmt: skip
+        return as_tensor(chosen)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
         dense_len = self.settings.dense_len
@@ -172,7 +189,7 @@ class ConvertedPath:
         return as_tensor(out)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attend(q, k, v, self.select(q, k, self.summary(q, k)))
+        return self.attend(q, k, v, self.refine(q, k, self.select(q, k, self.summary(q, k))))
 
 
 def as_tensor(x: Any) -> Tensor:
@@ -227,12 +244,14 @@ def stages(
     """Each operator on its own; their sum exceeds the whole by the launches that overlap."""
     q, k, v = qkv
     summary = path.summary(q, k)
-    blocks = path.select(q, k, summary)
+    candidates = path.select(q, k, summary)
+    blocks = path.refine(q, k, candidates)
     return {
         "channels" if path.scorer == "channels" else "compress": measure(
             lambda: path.summary(q, k), *timed
         ),
         "select": measure(lambda: path.select(q, k, summary), *timed),
+        "refine": measure(lambda: path.refine(q, k, candidates), *timed),
         "attend": measure(lambda: path.attend(q, k, v, blocks), *timed),
     }
 
@@ -265,7 +284,8 @@ def table(settings: Settings, rows: list[Row]) -> Table:
     """Milliseconds and the ratio to dense; below 1 is faster than dense."""
     title = (
         f"{hardware(settings.device)}, {settings.dtype}, D={settings.dim}, "
-        f"n={settings.num_selected} blocks of {settings.block}, window {settings.window}, tile {settings.query_tile}"
+        f"n={settings.num_selected} blocks of {settings.block}, window {settings.window}, "
+        f"tile {settings.query_tile}"
     )
     grid = Table(title=title)
     for name in ("heads", "T", "scorer"):
@@ -279,7 +299,8 @@ def table(settings: Settings, rows: list[Row]) -> Table:
         grid.add_row(
             f"{row.q_heads}/{row.kv_heads}", f"{row.length:,}", row.scorer,
             f"{row.dense_forward} {row.dense_backend}", str(row.forward),
-            f"{row.forward_ratio:.3f}", *parts, _cell(row.dense_backward), _cell(row.backward), _cell(row.backward_ratio),
+            f"{row.forward_ratio:.3f}", *parts, _cell(row.dense_backward), _cell(row.backward),
+            _cell(row.backward_ratio),
         )  # fmt: skip
     return grid
 

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa_compile.kernels.triton_site import dense_rows, mask_pointer, mask_strides, valid_before
+
 # Compressed blocks (forward) or keys (backward) a program makes: 32 rows of 128 half-precision
 # channels are 16-byte loads for 4 warps, several in flight.
 ROWS = 32
@@ -20,7 +22,7 @@ ROWS = 32
 @triton.jit
 def _pool(
     x, valid, out, heads, count, x_batch, x_head, x_row, valid_batch, valid_row, chunks,
-    l: tl.constexpr, d: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -31,19 +33,23 @@ def _pool(
     base = x + pair // heads * x_batch + pair % heads * x_head
     total = tl.zeros([M, DP], tl.float32)
     weight = tl.zeros([M], tl.float32)
-    for t in range(0, l):
-        key = row * d + t
+    for t in range(0, CB):
+        key = row * CD + t
         mask = inside
         if PADDED:
-            real = tl.load(valid + pair // heads * valid_batch + key * valid_row, mask=inside, other=0)
+            real = tl.load(
+                valid + pair // heads * valid_batch + key * valid_row, mask=inside, other=0
+            )
             mask = inside & (real != 0)
             weight += mask.to(tl.float32)
         pointers = base + key[:, None] * x_row + column[None, :]
-        total += tl.load(pointers, mask=mask[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+        total += tl.load(pointers, mask=mask[:, None] & (column < D)[None, :], other=0.0).to(
+            tl.float32
+        )
     if PADDED:
         total = total / tl.maximum(weight, 1.0)[:, None]
     else:
-        total = total / l
+        total = total / CB
     there = out + (pair * count + row)[:, None] * D + column[None, :]
     tl.store(there, total.to(out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
 
@@ -51,7 +57,7 @@ def _pool(
 @triton.jit
 def _spread(
     grad, before, valid, out, heads, length, count, g_batch, g_head, g_row, valid_batch, valid_row,
-    chunks, l: tl.constexpr, d: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    chunks, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     OVERLAP: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -63,20 +69,23 @@ def _spread(
     base = grad + batch * g_batch + pair % heads * g_head
     total = tl.zeros([M, DP], tl.float32)
     for back in range(0, OVERLAP):
-        c = key // d - back
-        covers = inside & (c >= 0) & (c < count) & (c * d + l > key)
+        c = key // CD - back
+        covers = inside & (c >= 0) & (c < count) & (c * CD + CB > key)
         pointers = base + c[:, None] * g_row + column[None, :]
-        part = tl.load(pointers, mask=covers[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+        part = tl.load(pointers, mask=covers[:, None] & (column < D)[None, :], other=0.0).to(
+            tl.float32
+        )
         if PADDED:
-            tally = before + batch * (length + 1) + c * d
-            weight = tl.load(tally + l, mask=covers, other=1) - tl.load(tally, mask=covers, other=0)
+            tally = before + batch * (length + 1) + c * CD
+            weight = tl.load(tally + CB, mask=covers, other=1)
+            weight -= tl.load(tally, mask=covers, other=0)
             part = part / tl.maximum(weight, 1).to(tl.float32)[:, None]
         total += part
     if PADDED:
         real = tl.load(valid + batch * valid_batch + key * valid_row, mask=inside, other=0)
         total = tl.where((real != 0)[:, None], total, 0.0)
     else:
-        total = total / l
+        total = total / CB
     there = out + (pair * length + key)[:, None] * D + column[None, :]
     tl.store(there, total.to(out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
 
@@ -88,12 +97,12 @@ def compress(x: torch.Tensor, valid: torch.Tensor | None, block: int, stride: in
     out = x.new_empty(batch, heads, count, dim)
     if out.numel() == 0:
         return out
-    x = x if x.stride(3) == 1 or dim == 1 else x.contiguous()
+    x = dense_rows(x)
     chunks = triton.cdiv(count, ROWS)
     _pool[(batch * heads * chunks,)](
-        x, x if valid is None else valid.view(torch.uint8), out, heads, count, *x.stride()[:3],
-        *_strides(valid), chunks, l=block, d=stride, D=dim, DP=triton.next_power_of_2(dim), M=ROWS,
-        PADDED=valid is not None, num_warps=4,
+        x, mask_pointer(valid, x), out, heads, count, *x.stride()[:3],
+        *mask_strides(valid), chunks, CB=block, CD=stride, D=dim, DP=triton.next_power_of_2(dim),
+        M=ROWS, PADDED=valid is not None, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -108,19 +117,15 @@ def compress_backward(
         return out.zero_()
     if out.numel() == 0:
         return out
-    grad = grad if grad.stride(3) == 1 or dim == 1 else grad.contiguous()
+    grad = dense_rows(grad)
     before = grad
     if valid is not None:
-        before = torch.nn.functional.pad(valid.cumsum(1, dtype=torch.int32), (1, 0))
+        before = valid_before(valid)
     chunks = triton.cdiv(length, ROWS)
     _spread[(batch * heads * chunks,)](
-        grad, before, grad if valid is None else valid.view(torch.uint8), out, heads, length, count,
-        *grad.stride()[:3], *_strides(valid), chunks, l=block, d=stride, D=dim,
+        grad, before, mask_pointer(valid, grad), out, heads, length, count,
+        *grad.stride()[:3], *mask_strides(valid), chunks, CB=block, CD=stride, D=dim,
         DP=triton.next_power_of_2(dim), M=ROWS, OVERLAP=(block - 1) // stride + 1,
         PADDED=valid is not None, num_warps=4,
     )  # fmt: skip
     return out
-
-
-def _strides(valid: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if valid is None else (valid.stride(0), valid.stride(1))

@@ -18,18 +18,20 @@ COMPRESSION = {"compress_block": 32, "compress_stride": 16}
 
 GROUPS = {
     f"group {g}": Case(
-        heads=2 * g, kv_heads=2, q_len=507, kv_len=507, dim=64, value_dim=64, query_tile=64, block=64,
-        count=4, local_window=100, scale=0.2, channels=16, **COMPRESSION,
+        heads=2 * g, kv_heads=2, q_len=507, kv_len=507, dim=64, value_dim=64, query_tile=64,
+        block=64, count=4, local_window=100, scale=0.2, channels=16, **COMPRESSION,
     )
     for g in (1, 2, 3, 4, 7, 8, 16)
 }  # fmt: skip
 DIMS = {
     f"dims {d} and {dv}": Case(
         heads=4, kv_heads=2, q_len=300, kv_len=333, dim=d, value_dim=dv, query_tile=64, block=64,
-        count=4, local_window=70, offset=33, scale=1.5 * d**-0.5, channels=max(16, d // 4), **COMPRESSION,
+        count=4, local_window=70, offset=33, scale=1.5 * d**-0.5, channels=max(16, d // 4),
+        **COMPRESSION,
     )
     for d, dv in (
-        (32, 32), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (64, 128), (192, 128), (80, 48),
+        (32, 32), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (64, 128), (192, 128),
+        (80, 48),
     )
 }  # fmt: skip
 TILES = {
@@ -38,13 +40,13 @@ TILES = {
         count=3 + 320 // b, local_window=60, scale=0.15, channels=32, **COMPRESSION,
     )
     for r, b in (
-        (1, 64), (2, 32), (8, 64), (16, 64), (32, 16), (32, 64), (64, 32), (128, 64), (128, 16), (128, 128),
-        (256, 64), (64, 256),
+        (1, 64), (2, 32), (8, 64), (16, 64), (32, 16), (32, 64), (64, 32), (128, 64), (128, 16),
+        (128, 128), (256, 64), (64, 256),
     )
 }  # fmt: skip
 _MASKED = Case(
-    heads=4, kv_heads=2, q_len=333, kv_len=399, dim=128, value_dim=128, query_tile=64, block=64, count=6,
-    local_window=90, scale=0.15, channels=32, batch=2, offset=66, **COMPRESSION,
+    heads=4, kv_heads=2, q_len=333, kv_len=399, dim=128, value_dim=128, query_tile=64, block=64,
+    count=6, local_window=90, scale=0.15, channels=32, batch=2, offset=66, **COMPRESSION,
 )  # fmt: skip
 MASKS = {
     "padding": _MASKED._replace(padded=True),
@@ -58,8 +60,9 @@ MASKS = {
     "negative offset": _MASKED._replace(offset=-20),
     "one query": _MASKED._replace(q_len=1, offset=398),
     "31 keys": _MASKED._replace(q_len=31, kv_len=31, offset=0),
-    "111 keys, block 24": _MASKED._replace(q_len=111, kv_len=111, offset=0, block=24, count=12, compress_stride=8),
-    "2000 keys": _MASKED._replace(q_len=2000, kv_len=2000, offset=0, count=9, batch=1),
+    "111 keys, block 24": _MASKED._replace(q_len=111, kv_len=111, offset=0, block=24, count=12,
+    compress_stride=8), "2000 keys": _MASKED._replace(q_len=2000, kv_len=2000, offset=0, count=9,
+    batch=1),
 }  # fmt: skip
 CASES = {**GROUPS, **DIMS, **TILES, **MASKS}
 
@@ -95,7 +98,9 @@ def test_statistics(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["group 4", "tile 16, block 64", "padding", "token granular, padding"])
+@pytest.mark.parametrize(
+    "name", ["group 4", "tile 16, block 64", "padding", "token granular, padding"]
+)
 def test_readers_of_a_block_in_several_pieces(name: str, dtype: torch.dtype) -> None:
     triton_cases.attend(CASES[name], dtype, "cuda", PIECE_ROWS=256)
 
@@ -107,7 +112,7 @@ def test_rounds_of_tiles(scorer: str) -> None:
 
 @pytest.mark.parametrize("scorer", ["channels", "mean"])
 def test_runs_inside_a_cuda_graph(scorer: str) -> None:
-    """No host synchronisation, no allocation that depends on data: capture, then replay on others."""
+    """No host synchronisation, no allocation that depends on data: replayed on other inputs."""
     import nsa_compile.kernels.library  # noqa: F401
 
     case = CASES["2000 keys"]

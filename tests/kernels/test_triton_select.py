@@ -11,18 +11,26 @@ from tests.kernels.triton_cases import Case
 CASES = {
     "group of two": Case(q_len=70, kv_len=70, count=4),
     "one query": Case(q_len=1, kv_len=40, offset=39, block=8),
-    "short tiles, group of four": Case(heads=4, q_len=28, kv_len=32, query_tile=4, count=3, local_window=5),
+    "short tiles, group of four": Case(
+        heads=4, q_len=28, kv_len=32, query_tile=4, count=3, local_window=5
+    ),
     "token granular": Case(q_len=20, kv_len=20, query_tile=1, block=8, count=3, local_window=5),
-    "padding": Case(heads=2, kv_heads=1, q_len=70, kv_len=70, query_tile=32, count=5, padded=True, batch=2),
-    "window and padding": Case(heads=3, q_len=75, kv_len=90, window=40, padded=True, offset=15, count=4),
+    "padding": Case(
+        heads=2, kv_heads=1, q_len=70, kv_len=70, query_tile=32, count=5, padded=True, batch=2
+    ),
+    "window and padding": Case(
+        heads=3, q_len=75, kv_len=90, window=40, padded=True, offset=15, count=4
+    ),
     "not causal": Case(causal=False, q_len=60, kv_len=64, query_tile=32, count=4),
     "not causal, window": Case(causal=False, window=30, q_len=60, kv_len=70, count=5),
-    "long tile and block": Case(q_len=300, kv_len=300, query_tile=256, block=256, count=3, compress_stride=8),
+    "long tile and block": Case(
+        q_len=300, kv_len=300, query_tile=256, block=256, count=3, compress_stride=8
+    ),
     "block of 24, group of seven": Case(heads=7, q_len=40, kv_len=60, block=24, compress_block=12),
     "negative offset": Case(q_len=50, kv_len=60, offset=-7, query_tile=32, count=4),
     "negative scale": Case(scale=-0.4),
     "too short to compress": Case(q_len=7, kv_len=7, block=8, compress_block=8),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("scorer", ["channels", "mean"])

@@ -1,7 +1,7 @@
 """What a Triton launcher must return: checks against the float64 reference, for any device.
 
 Every check fills fresh memory with NaN first (``torch.use_deterministic_algorithms``), so a value
-that no kernel wrote is found, and also proves that nothing used is nondeterministic by PyTorch's word.
+that no kernel wrote is found, and PyTorch would name an operator that is not deterministic.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def random_blocks(case: Case, seed: int = 1) -> Tensor:
 
 def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any) -> None:
     """Forward and all gradients of attention over random blocks."""
-    from nsa_compile.kernels.attend import reference, triton_kernel
+    from nsa_compile.kernels.attend import reference, triton_backward, triton_kernel
 
     *qkv, valid = inputs(case, dtype)
     blocks = random_blocks(case)
@@ -124,7 +124,7 @@ def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any
     on_device = [x.to(device) for x in qkv]
     rest = (blocks.to(device), None if valid is None else valid.to(device), *sizes)
     upstream = (grad_out.to(device), grad_lse.to(device))
-    with poisoned(), replaced(triton_kernel, overrides):
+    with poisoned(), replaced(triton_backward, overrides):
         results = triton_kernel.forward(*on_device, *rest)
         grads = triton_kernel.backward(*upstream, *on_device, *results, *rest)
         again = triton_kernel.forward(*on_device, *rest)
@@ -139,7 +139,9 @@ def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any
         assert torch.equal(once, twice), "two runs differ"
 
 
-def select(case: Case, dtype: torch.dtype, scorer: str, device: str = "cpu", **overrides: Any) -> None:
+def select(
+    case: Case, dtype: torch.dtype, scorer: str, device: str = "cpu", **overrides: Any
+) -> None:
     """The chosen blocks: visible, ascending, the forced ones, and by score as good as the best."""
     from nsa_compile.kernels.compress import reference as compress_reference
     from nsa_compile.kernels.score import reference as score_reference
@@ -213,7 +215,9 @@ def compress(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         valid = valid.to(device)
     with poisoned():
         got = triton_kernel.compress(k.to(device), valid, *compression)
-        got_grad = triton_kernel.compress_backward(grad.to(device), valid, *compression, case.kv_len)
+        got_grad = triton_kernel.compress_backward(
+            grad.to(device), valid, *compression, case.kv_len
+        )
     assert got.shape == pooled.shape
     if not pooled.numel():
         assert not got_grad.any()

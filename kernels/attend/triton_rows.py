@@ -1,0 +1,244 @@
+"""What both directions of block-sparse attention share: lists of blocks, row access, launches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_compile.kernels.triton_site import key_ranges, valid_before
+
+
+class Launch(NamedTuple):
+    """Rows of queries, keys a step, warps, pipeline stages and most registers of one kernel."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# By kernel, whether inputs have sixteen bits, and the widest head dim padded to a power of two.
+LAUNCHES: dict[tuple[str, bool, int], Launch] = {
+    ("forward", True, 64): Launch(128, 64, 4, 3),
+    ("forward", True, 128): Launch(64, 64, 4, 2),
+    ("forward", True, 256): Launch(64, 64, 4, 2),
+    ("query", True, 64): Launch(128, 64, 8, 3),
+    ("query", True, 128): Launch(64, 64, 4, 2),
+    ("query", True, 256): Launch(64, 32, 4, 2),
+    ("key", True, 64): Launch(64, 64, 4, 2),
+    ("key", True, 128): Launch(64, 64, 4, 2),
+    ("key", True, 256): Launch(32, 64, 8, 1),
+    ("forward", False, 64): Launch(32, 32, 4, 1),
+    ("forward", False, 128): Launch(32, 32, 4, 1),
+    ("forward", False, 256): Launch(16, 16, 4, 1),
+    ("query", False, 64): Launch(32, 32, 4, 1),
+    ("query", False, 128): Launch(32, 32, 4, 1),
+    ("query", False, 256): Launch(16, 16, 4, 1),
+    ("key", False, 64): Launch(32, 32, 4, 1),
+    ("key", False, 128): Launch(32, 32, 4, 1),
+    ("key", False, 256): Launch(16, 16, 4, 1),
+}
+
+
+@triton.jit
+def load_rows(
+    base, row, stride, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHECK: tl.constexpr
+):
+    """Rows of a matrix with dense last dimension, zero outside ``inside`` and past ``WIDTH``."""
+    column = tl.arange(0, PADDED)
+    pointers = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if CHECK:
+        return tl.load(pointers, mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
+    elif WIDTH != PADDED:
+        return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(base, row, stride, inside, value, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    column = tl.arange(0, PADDED)
+    pointers = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    mask = inside[:, None] & (column < WIDTH)[None, :]
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def listed_keys(ids, step, first, stop, L: tl.constexpr, BN: tl.constexpr):
+    """Keys of one step through ``ids[first:stop]``: a base, each lane's offset, lanes in use.
+
+    A step reads BN // L whole blocks, or BN keys of one block.
+    """
+    lane = tl.arange(0, BN)
+    blocks: tl.constexpr = BN // L
+    if blocks > 1:
+        # One scalar load a block: a gathered vector of indices would itself be staged in shared
+        # memory by the pipeliner, and Triton 3.6 then read the queries' tile wrongly.
+        block = tl.full([BN], -1, tl.int32)
+        for part in tl.static_range(blocks):
+            slot = first + step * blocks + part
+            listed = tl.load(ids + slot, mask=slot < stop, other=-1)
+            block = tl.where(lane // L == part, listed, block)
+        origin = step * 0
+        offset = block * L + lane % L
+        used = block >= 0
+    else:
+        pieces: tl.constexpr = (L + BN - 1) // BN
+        block = tl.load(ids + first + step // pieces)
+        within = (step % pieces) * BN
+        origin = block * L + within
+        offset = lane
+        used = within + lane < L
+    return origin, offset, used
+
+
+@triton.jit
+def whole_steps(count, L: tl.constexpr, BN: tl.constexpr):
+    """Whole steps in a list of ``count`` blocks and the blocks those steps read."""
+    blocks: tl.constexpr = BN // L
+    if blocks > 1:
+        steps = count // blocks
+        covered = steps * blocks
+    else:
+        pieces: tl.constexpr = (L + BN - 1) // BN
+        steps = count * pieces
+        covered = count
+    return steps, covered
+
+
+@triton.jit
+def last_steps(count, L: tl.constexpr, BN: tl.constexpr):
+    """Steps that read all of a list of ``count`` blocks, the last one perhaps in part."""
+    blocks: tl.constexpr = BN // L
+    if blocks > 1:
+        steps = (count + blocks - 1) // blocks
+    else:
+        pieces: tl.constexpr = (L + BN - 1) // BN
+        steps = count * pieces
+    return steps
+
+
+@triton.jit
+def _order_blocks(
+    ids, ordered, counts, tally, total, tiles, kv_heads, q_len, kv_len, offset, window,
+    blocks, N: tl.constexpr, N_PAD: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    TILES: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Each tile's blocks once: those every row sees in full first, then those that need a mask.
+
+    ``counts`` gets the number of the former and of both. Blocks nobody sees, negative and repeated
+    indices go.
+    """
+    row = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
+    tile = (row % tiles).to(tl.int32)
+    batch = row // tiles // kv_heads
+    slot = tl.arange(0, N_PAD)
+    own = (row < total)[:, None] & (slot < N)[None, :]
+    block = tl.load(ids + row[:, None] * N + slot[None, :], mask=own, other=-1)
+    start = block * L
+    stop = tl.minimum(start + L, kv_len)
+    first = (tile * R + offset)[:, None]
+    last = (tl.minimum(tile * R + R, q_len) - 1 + offset)[:, None]
+    low, high, low_all, high_all = key_ranges(first, last, kv_len, window, CAUSAL, WINDOWED)
+    seen_from = tl.maximum(start, low)
+    seen_to = tl.minimum(stop, high)
+    seen = (block >= 0) & (block < blocks) & (seen_from < seen_to)
+    full = (start >= low_all) & (start + L <= high_all)
+    if PADDED:
+        before = tally + batch[:, None] * (kv_len + 1)
+        some = tl.load(before + seen_to, mask=seen, other=0)
+        some -= tl.load(before + seen_from, mask=seen, other=0)
+        every = tl.load(before + stop, mask=seen, other=0)
+        every -= tl.load(before + start, mask=seen, other=0)
+        seen = seen & (some > 0)
+        full = full & (every == L)
+    repeated = tl.zeros([TILES, N_PAD], tl.int32)
+    for j in range(0, N):
+        other = tl.load(ids + row * N + j, mask=row < total, other=-1)[:, None]
+        repeated += ((other == block) & (slot > j)[None, :]).to(tl.int32)
+    seen = seen & (repeated == 0)
+    full = full & seen
+    full_count = tl.sum(full.to(tl.int32), 1)
+    count = tl.sum(seen.to(tl.int32), 1)
+    # Rank by counting smaller indices of the same kind: lists are short and need no sort.
+    rank = tl.zeros([TILES, N_PAD], tl.int32)
+    for j in range(0, N):
+        here = (slot == j)[None, :]
+        other = tl.sum(tl.where(here & seen, block, 0), 1)[:, None]
+        other_seen = tl.sum((here & seen).to(tl.int32), 1)[:, None]
+        other_full = tl.sum((here & full).to(tl.int32), 1)[:, None]
+        rank += ((other_seen > 0) & (other < block) & ((other_full > 0) == full)).to(tl.int32)
+    rank += tl.where(full, 0, full_count[:, None])
+    tl.store(ordered + row[:, None] * N + rank, block, mask=seen)
+    tl.store(
+        ordered + row[:, None] * N + slot[None, :], -1, mask=own & (slot[None, :] >= count[:, None])
+    )
+    tl.store(counts + row * 2, full_count, mask=row < total)
+    tl.store(counts + row * 2 + 1, count, mask=row < total)
+
+
+@triton.jit
+def program(tiles, kv_heads, CHUNKS: tl.constexpr):
+    """Which (batch, kv head, tile, chunk of rows) this program of the query side owns."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk = (pid % CHUNKS).to(tl.int32)
+    entry = pid // CHUNKS
+    tile = (entry % tiles).to(tl.int32)
+    pair = entry // tiles
+    return entry, pair // kv_heads, (pair % kv_heads).to(tl.int32), tile, chunk
+
+
+def order_blocks(
+    block_indices: torch.Tensor, valid: torch.Tensor | None, q_len: int, kv_len: int, causal: bool,
+    offset: int, window: int | None, query_tile: int, block: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The lists with whole blocks first, and how many of each kind: int32 [B, Hkv, NT, 2]."""
+    ids = block_indices.contiguous()
+    batch, kv_heads, tiles, width = ids.shape
+    ordered = torch.empty_like(ids)
+    counts = ids.new_empty(batch, kv_heads, tiles, 2)
+    before = ids
+    if valid is not None:
+        before = valid_before(valid)
+    padded = triton.next_power_of_2(width)
+    per_program = max(1, 128 // padded)
+    total = batch * kv_heads * tiles
+    _order_blocks[(triton.cdiv(total, per_program),)](
+        ids, ordered, counts, before, total, tiles, kv_heads, q_len, kv_len, offset, window or 0,
+        triton.cdiv(kv_len, block), N=width, N_PAD=padded, R=query_tile, L=block, TILES=per_program,
+        CAUSAL=causal, WINDOWED=window is not None, PADDED=valid is not None, num_warps=1,
+    )  # fmt: skip
+    return ordered, counts
+
+
+def launch_for(
+    kernel: str, q: torch.Tensor, v: torch.Tensor, query_tile: int, block: int
+) -> Launch:
+    widest = max(64, padded_dim(max(q.shape[3], v.shape[3])))
+    launch = LAUNCHES[kernel, q.element_size() == 2, widest]
+    lone = triton.next_power_of_2(block)
+    if lone != block:  # not a power of two: a step reads one block, its last lanes masked
+        return launch._replace(keys=max(16, lone))
+    return launch
+
+
+def program_rows(most: int, group: int, query_tile: int) -> int:
+    """Rows of a query-side program: all heads of a short tile together, no mostly empty program."""
+    rows = max(16, triton.next_power_of_2(group * query_tile))
+    if rows <= most:
+        return rows
+    waste = -(group * query_tile) % most
+    return most if waste * 4 <= group * query_tile or most <= 64 else 64
+
+
+def warps_for(launch: Launch, rows: int) -> int:
+    """A warp multiplies at least 16 rows."""
+    return max(1, min(launch.warps, rows // 16))
+
+
+def padded_dim(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))

@@ -1,0 +1,309 @@
+"""Triton kernels of the scorer "mean": probability of each compressed key, summed over a tile.
+
+    p_ic = exp(scale q_i.y_c) / sum_c' exp(scale q_i.y_c'),   mass_tc = sum_{i in t, heads} p_ic
+
+Two passes over the product: row sums, then column sums of the recomputed p, which costs less than
+a [Tq, Nc] matrix in memory. Selection spreads the mass over the selection blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_compile.kernels.score.triton_rows import Launch, deal_rows, dealt_rows
+from nsa_compile.kernels.triton_site import LOG2_E, dense_rows, visible
+
+# One H100, 65,536 tokens, 32/8 heads of 128, bfloat16. Row sums, ms: 128x64 2.04, 128x128 3.09,
+# 64x128 2.56, 64x64 2.25; more than one program on a processor hides the exponentials. Column sums:
+# 64x128 2.76 at 168 registers (3.34 without a limit), 128x128 2.83, 64x64 2.88, 128x64 3.63.
+LAUNCHES: dict[tuple[str, bool], Launch] = {
+    ("row sums", True): Launch(128, 64, 8, 2, registers=80),
+    ("row sums", False): Launch(32, 32, 4, 1),
+    ("column sums", True): Launch(64, 128, 4, 2, registers=168),
+    ("column sums", False): Launch(32, 32, 4, 1),
+}
+
+COLUMN_STEPS = 128  # tiles times heads that one program of the column sums goes through
+
+
+@triton.jit
+def _row_steps(
+    top, total, q, y, some, start, stop, position, scale, count, window, y_row, CB: tl.constexpr,
+    CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Running maximum and sum of four interleaved columns a row: a thread meets no other."""
+    column = tl.arange(0, BN)
+    dim = tl.arange(0, DP)
+    y_step = tl.full([], BN, tl.int64) * y_row
+    for step in range(start, stop):
+        c = step * BN + column
+        pointers = y + step * y_step + (column * y_row)[:, None] + dim[None, :]
+        if MASKED or D != DP:
+            keys = tl.load(pointers, mask=(c < count)[:, None] & (dim < D)[None, :], other=0.0)
+        else:
+            keys = tl.load(pointers)
+        s = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        if MASKED:
+            seen = (c < count)[None, :]
+            last = (c * CD + (CB - 1))[None, :]
+            seen = seen & visible(position[:, None], last, 2147483647, window, CAUSAL, WINDOWED)
+            if PADDED:
+                seen = seen & (tl.load(some + c, mask=c < count, other=0) != 0)[None, :]
+            s = tl.where(seen, s * scale, float("-inf"))
+        elif PADDED:
+            s = tl.where((tl.load(some + c) != 0)[None, :], s * scale, float("-inf"))
+        s = tl.reshape(s, [M, BN // 8, 4, 2])
+        if MASKED or PADDED:
+            new_top = tl.maximum(top, tl.max(tl.max(s, 3), 1))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(s - base[:, None, :, None])
+        else:
+            new_top = tl.maximum(top, tl.max(tl.max(s, 3), 1) * scale)
+            base = new_top
+            p = tl.exp2(s * scale - base[:, None, :, None])
+        total = total * tl.exp2(top - base) + tl.sum(tl.sum(p, 3), 1)
+        top = new_top
+    return top, total
+
+
+@triton.jit
+def _complete(position, CB: tl.constexpr, CD: tl.constexpr):
+    """Compressed blocks whose last key is at most ``position``."""
+    return tl.maximum(position + 1 - CB + CD, 0) // CD
+
+
+@triton.jit
+def _row_sums(
+    q, y, some, log_sums, scale, q_heads, kv_heads, q_len, count, offset, window, chunks,
+    q_batch, q_head, q_row, y_batch, y_head, y_row, G: tl.constexpr, CB: tl.constexpr,
+    CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+):  # fmt: skip
+    """log2 of the row sums over compressed keys; +inf where a query sees none, so that p is 0."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk = (chunks - 1 - pid % chunks).to(tl.int32)
+    head = pid // chunks % q_heads
+    batch = pid // chunks // q_heads
+    row = chunk * M + tl.arange(0, M)
+    dim = tl.arange(0, DP)
+    mine = row < q_len
+    q_base = q + batch * q_batch + head * q_head
+    pointers = q_base + row.to(tl.int64)[:, None] * q_row + dim[None, :]
+    q_tile = tl.load(pointers, mask=mine[:, None] & (dim < D)[None, :], other=0.0)
+    if NEGATIVE:
+        q_tile = -q_tile
+    position = row + offset
+    first = chunk * M + offset
+    last = tl.minimum(chunk * M + M, q_len) - 1 + offset
+    start = first * 0
+    stop = start + count
+    start_all = start
+    stop_all = stop
+    if CAUSAL:
+        stop = tl.minimum(_complete(last, CB, CD), stop)
+        stop_all = tl.minimum(_complete(first, CB, CD), stop)
+    elif WINDOWED:
+        stop = tl.minimum(_complete(last + window - 1, CB, CD), stop)
+        stop_all = tl.minimum(_complete(first + window - 1, CB, CD), stop)
+    if WINDOWED:
+        start = tl.minimum(_complete(first - window, CB, CD), stop)
+        start_all = tl.minimum(_complete(last - window, CB, CD), stop)
+    stop = (stop + BN - 1) // BN
+    start = tl.minimum(start // BN, stop)
+    start_all = tl.minimum((start_all + BN - 1) // BN, stop)
+    stop_all = tl.minimum(tl.maximum(stop_all // BN, start_all), stop)
+    y_base = y + batch * y_batch + head // G * y_head
+    some_base = some + batch * count
+    top = tl.full([M, 4], float("-inf"), tl.float32)
+    total = tl.zeros([M, 4], tl.float32)
+    if WINDOWED:
+        top, total = _row_steps(
+            top, total, q_tile, y_base, some_base, start, start_all, position, scale, count, window,
+            y_row, CB, CD, D, DP, M, BN, CAUSAL, WINDOWED, PADDED, True,
+        )  # fmt: skip
+    top, total = _row_steps(
+        top, total, q_tile, y_base, some_base, start_all, stop_all, position, scale, count, window,
+        y_row, CB, CD, D, DP, M, BN, CAUSAL, WINDOWED, PADDED, False,
+    )  # fmt: skip
+    top, total = _row_steps(
+        top, total, q_tile, y_base, some_base, stop_all, stop, position, scale, count, window,
+        y_row, CB, CD, D, DP, M, BN, CAUSAL, WINDOWED, PADDED, True,
+    )  # fmt: skip
+    peak = tl.max(top, 1)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    row_sum = tl.sum(total * tl.exp2(top - base[:, None]), 1)
+    log_sum = tl.where(
+        row_sum > 0, base + tl.log2(tl.where(row_sum > 0, row_sum, 1.0)), float("inf")
+    )
+    tl.store(log_sums + (batch * q_heads + head) * q_len + row, log_sum, mask=mine)
+
+
+@triton.jit
+def _column_steps(
+    y, q, log_sums, mass, alive, real, c, start, stop, scale, q_len, count, offset, window, q_head,
+    q_row, first_tile, tiles, G: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BC: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr,
+    HEADS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Tile groups [start, stop); the next step's row sums are fetched a step ahead."""
+    dim = tl.arange(0, DP)
+    slot = tl.arange(0, TILES)
+    subtotal = tl.zeros([BC, TILES], tl.float32)
+    head, first, query, mine = dealt_rows(
+        start * PARTS, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
+    )
+    next_sum = tl.load(log_sums + head.to(tl.int64) * q_len + query, mask=mine, other=float("inf"))
+    for step in range(start * PARTS, stop * PARTS):
+        log_sum = next_sum
+        head, first, query, mine = dealt_rows(
+            step + 1, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
+        )
+        next_sum = tl.load(
+            log_sums + head.to(tl.int64) * q_len + query, mask=mine, other=float("inf")
+        )
+        head, first, query, mine = dealt_rows(
+            step, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
+        )
+        q_base = q + first.to(tl.int64) * q_row
+        if TILES * HEADS == 1:
+            q_base += head.to(tl.int64) * q_head
+            q_rows = (query - first) * q_row
+        else:
+            q_rows = head.to(tl.int64) * q_head + (query - first).to(tl.int64) * q_row
+        pointers = q_base + q_rows[:, None] + dim[None, :]
+        q_tile = tl.load(pointers, mask=mine[:, None] & (dim < D)[None, :], other=0.0)
+        if NEGATIVE:
+            q_tile = -q_tile
+        s = tl.dot(y, tl.trans(q_tile), input_precision="ieee")
+        p = tl.exp2(s * scale - log_sum[None, :])
+        if MASKED:
+            last = (c * CD + (CB - 1))[:, None]
+            seen = visible((query + offset)[None, :], last, 2147483647, window, CAUSAL, WINDOWED)
+            p = tl.where(seen, p, 0.0)
+        subtotal += tl.sum(tl.reshape(p, [BC, TILES, M // TILES]), 2)
+        done = step % PARTS == PARTS - 1
+        tile = step // PARTS * TILES + slot
+        there = tile.to(tl.int64)[None, :] * count + c[:, None]
+        tl.store(
+            mass + there, tl.where(real[:, None], subtotal, 0.0),
+            mask=alive[:, None] & (tile < tiles)[None, :] & done,
+        )  # fmt: skip
+        subtotal = tl.where(done, 0.0, subtotal)
+
+
+@triton.jit
+def _column_sums(
+    q, y, some, log_sums, mass, scale, kv_heads, q_len, count, offset, window, chunks, ranges, span,
+    first_tile, tiles, tile_groups, q_batch, q_head, q_row, y_batch, y_head, y_row,
+    G: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BC: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
+    TILES: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+):  # fmt: skip
+    """mass of BC compressed keys for a range of tiles; transposed, so rows are summed in place."""
+    pid = tl.program_id(0).to(tl.int64)
+    part = (pid % ranges).to(tl.int32)
+    chunk = (pid // ranges % chunks).to(tl.int32)
+    pair = pid // ranges // chunks
+    batch = pair // kv_heads
+    start = part * span
+    stop = tl.minimum(start + span, tile_groups)
+    full = start
+    before = first_tile * R + offset
+    if CAUSAL:
+        newest = chunk * BC * CD + CB - 1 - before
+        start = tl.maximum(start, tl.maximum(newest, 0) // (TILES * R))
+        newest = (tl.minimum(chunk * BC + BC, count) - 1) * CD + CB - 1 - before
+        full = (tl.maximum(newest, 0) + TILES * R - 1) // (TILES * R)
+    if WINDOWED:
+        full = stop
+    start = tl.minimum(start, stop)
+    full = tl.minimum(tl.maximum(full, start), stop)
+    if start < stop:
+        c = chunk * BC + tl.arange(0, BC)
+        dim = tl.arange(0, DP)
+        alive = c < count
+        real = alive
+        if PADDED:
+            real = tl.load(some + batch * count + c, mask=alive, other=0) != 0
+        pointers = (
+            y
+            + batch * y_batch
+            + pair % kv_heads * y_head
+            + c.to(tl.int64)[:, None] * y_row
+            + dim[None, :]
+        )
+        keys = tl.load(pointers, mask=alive[:, None] & (dim < D)[None, :], other=0.0)
+        q_base = q + batch * q_batch + pair % kv_heads * G * q_head
+        sums = log_sums + pair * G * q_len
+        out = mass + pair * tiles * count
+        _column_steps(
+            keys, q_base, sums, out, alive, real, c, start, full, scale, q_len, count, offset,
+            window, q_head, q_row, first_tile, tiles, G, R, CB, CD, D, DP, BC, M, LANES, HEADS,
+            TILES, PARTS, CAUSAL, WINDOWED, NEGATIVE, True,
+        )  # fmt: skip
+        _column_steps(
+            keys, q_base, sums, out, alive, real, c, full, stop, scale, q_len, count, offset,
+            window, q_head, q_row, first_tile, tiles, G, R, CB, CD, D, DP, BC, M, LANES, HEADS,
+            TILES, PARTS, CAUSAL, WINDOWED, NEGATIVE, False,
+        )  # fmt: skip
+
+
+def row_sums(
+    q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, scale: float,
+    causal: bool, offset: int, window: int | None, compress_block: int, compress_stride: int,
+) -> torch.Tensor:  # fmt: skip
+    """log2 of the softmax denominators over compressed keys, float32 [B, Hq, Tq]; +inf for none.
+
+    ``some`` is int8 [B, Nc]: whether a compressed key holds a valid one.
+    """
+    q, compressed = dense_rows(q), dense_rows(compressed)
+    batch, q_heads, q_len, dim = q.shape
+    kv_heads, count = compressed.shape[1:3]
+    launch = LAUNCHES["row sums", q.element_size() == 2]
+    log_sums = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
+    chunks = triton.cdiv(q_len, launch.rows)
+    _row_sums[(batch * q_heads * chunks,)](
+        q, compressed, compressed if some is None else some, log_sums, abs(scale) * LOG2_E, q_heads,
+        kv_heads, q_len, count, offset, window or 0, chunks, *q.stride()[:3],
+        *compressed.stride()[:3], G=q_heads // kv_heads, CB=compress_block, CD=compress_stride,
+        D=dim, DP=max(16, triton.next_power_of_2(dim)), M=launch.rows, BN=launch.keys,
+        CAUSAL=causal, WINDOWED=window is not None, PADDED=some is not None, NEGATIVE=scale < 0,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+    )  # fmt: skip
+    return log_sums
+
+
+def compressed_mass(
+    q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, log_sums: torch.Tensor,
+    scale: float, causal: bool, offset: int, window: int | None, query_tile: int,
+    compress_block: int, compress_stride: int, first_tile: int, tiles: int,
+) -> torch.Tensor:  # fmt: skip
+    """float32 [B, Hkv, tiles, Nc]: probability of each compressed key, summed over tile and heads.
+
+    Keys that a tile does not see are left unwritten.
+    """
+    q, compressed = dense_rows(q), dense_rows(compressed)
+    batch, q_heads, q_len, dim = q.shape
+    kv_heads, count = compressed.shape[1:3]
+    launch = LAUNCHES["column sums", q.element_size() == 2]
+    dealt = deal_rows(launch.rows, q_heads // kv_heads, query_tile)
+    tile_groups = triton.cdiv(tiles, dealt.tiles)
+    span = max(1, COLUMN_STEPS // dealt.parts)
+    ranges, chunks = triton.cdiv(tile_groups, span), triton.cdiv(count, launch.keys)
+    mass = q.new_empty(batch, kv_heads, tiles, count, dtype=torch.float32)
+    _column_sums[(batch * kv_heads * chunks * ranges,)](
+        q, compressed, compressed if some is None else some, log_sums, mass, abs(scale) * LOG2_E,
+        kv_heads, q_len, count, offset, window or 0, chunks, ranges, span, first_tile, tiles,
+        tile_groups, *q.stride()[:3], *compressed.stride()[:3], G=q_heads // kv_heads, R=query_tile,
+        CB=compress_block, CD=compress_stride, D=dim, DP=max(16, triton.next_power_of_2(dim)),
+        BC=launch.keys, M=launch.rows, LANES=dealt.lanes, HEADS=dealt.heads, TILES=dealt.tiles,
+        PARTS=dealt.parts, CAUSAL=causal, WINDOWED=window is not None, PADDED=some is not None,
+        NEGATIVE=scale < 0, num_warps=launch.warps, num_stages=launch.stages,
+        maxnreg=launch.registers,
+    )  # fmt: skip
+    return mass
