@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# name: (extra configuration, query heads, key/value heads, what the mask is apart from padding)
+# name: (extra configuration, query heads, key/value heads, mask of each layer but for padding)
 ARCHITECTURES: dict[str, tuple[dict[str, Any], int, int, list[str]]] = {
     "llama": ({}, 4, 2, ["causal"]),
     "mistral": ({"sliding_window": 8}, 4, 2, ["causal & window(8)"]),
@@ -55,7 +55,9 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], int, int, list[str]]] = {
 
 
 def build(name: str) -> nn.Module:
-    config = transformers.AutoConfig.for_model(name, **{**SIZES, **ARCHITECTURES[name][0]})
+    extra, _, _, masks = ARCHITECTURES[name]
+    sizes = {**SIZES, "num_hidden_layers": len(masks), **extra}
+    config = transformers.AutoConfig.for_model(name, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     return model.eval()
 
@@ -76,11 +78,8 @@ def run(name: str, *, padded: bool, dynamic: bool, cache: bool = False) -> Check
 
 
 def expect(name: str, checker: Checker, *, padded: bool) -> None:
-    _, q_heads, kv_heads, terms = ARCHITECTURES[name]
-    masks = (terms * 2)[:2]
-    if padded:
-        masks = [f"{mask} & padding" for mask in masks]
-    assert checker.masks == masks
+    _, q_heads, kv_heads, masks = ARCHITECTURES[name]
+    assert checker.masks == [f"{mask} & padding" if padded else mask for mask in masks]
     for layer, site in enumerate(checker.sites):
         assert (site.q_heads, site.kv_heads) == (q_heads, kv_heads)
         assert f".{layer}." in site.module
@@ -128,5 +127,5 @@ def test_an_encoder_has_padding_only() -> None:
     mask[0, 7:] = 0
     with torch.no_grad():
         torch.compile(model, backend=checker)(torch.randint(0, 64, (2, 12)), attention_mask=mask)
-    assert checker.masks == ["padding", "padding"]
-    assert checker.checked == 2
+    assert checker.masks == ["padding"]
+    assert checker.checked == 1

@@ -145,7 +145,7 @@ def inputs(t: int, s: int | None = None, batch: int = 2) -> tuple[Tensor, Tensor
     return x, y, torch.randint(0, 3, (batch, y.shape[1]), generator=generator)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_proven_implies_equal_with_run_time_lengths(seed: int) -> None:
     """One capture, several lengths: the proof must hold for all of them."""
     calls = [inputs(12), inputs(9), inputs(4), inputs(30, batch=3)]
@@ -154,19 +154,18 @@ def test_proven_implies_equal_with_run_time_lengths(seed: int) -> None:
     check(attention(program(seed)), *calls, dynamic=True)
 
 
-@pytest.mark.parametrize("seed", range(100, 125))
+@pytest.mark.parametrize("seed", range(100, 112))
 def test_proven_implies_equal_with_fixed_lengths(seed: int) -> None:
     shape = random.Random(seed).choice([(12, 12), (7, 7), (1, 1), (2, 2), (9, 14), (14, 9)])
     check(attention(program(seed)), inputs(*shape), dynamic=False)
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("number", range(len(CAUSAL)))
-def test_every_causal_spelling_is_proven(number: int, dynamic: bool) -> None:
-    calls = [inputs(12), inputs(9)][: 2 if dynamic else 1]
-    checker = check(attention(CAUSAL[number]), *calls, dynamic=dynamic)
+def test_every_causal_spelling_is_proven(number: int) -> None:
+    checker = check(attention(CAUSAL[number]), inputs(12), inputs(9), dynamic=True)
     assert checker.masks == ["causal"]
-    assert checker.checked == len(calls)
+    assert checker.checked == 2
+    assert check(attention(CAUSAL[number]), inputs(12), dynamic=False).masks == ["causal"]
 
 
 @pytest.mark.parametrize("number", range(len(WINDOW)))
