@@ -183,13 +183,19 @@ def nsa_attention(
     else:
         summary = torch.ops.nsa.compress(k, valid, options.compress_block, options.compress_stride)
     mask = (_scale(scale, dim), causal, offset, window)
+    sizes = (options.query_tile, options.select_block)
     blocks = torch.ops.nsa.select_blocks(
-        q, k, summary, valid, options.scorer, *mask, options.query_tile, options.select_block,
-        options.num_selected, options.init_blocks, options.window, options.compress_block,
-        options.compress_stride, options.dense_len,
+        q, k, summary, valid, options.scorer, *mask, *sizes, options.proposed_blocks(),
+        options.init_blocks, options.window, options.compress_block, options.compress_stride,
+        options.dense_len,
     )  # fmt: skip
+    if options.proposed_blocks() > (options.num_selected or 0):
+        blocks = torch.ops.nsa.refine_blocks(
+            q, k, blocks, valid, *mask, *sizes, options.num_selected, options.init_blocks,
+            options.window, options.dense_len,
+        )  # fmt: skip
     out, _ = torch.ops.nsa.selected_attention(
-        q, k, v, blocks, valid, *mask, options.query_tile, options.select_block, options.dense_len
+        q, k, v, blocks, valid, *mask, *sizes, options.dense_len
     )
     return out
 

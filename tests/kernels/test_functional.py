@@ -41,7 +41,7 @@ def test_budget_beyond_the_sequence_is_sdpa(config: Any) -> None:
 def test_whole_path_is_its_parts() -> None:
     q, k, v = tensors()
     valid = torch.rand(B, T) < 0.8
-    sizes = {"select_block": 16, "query_tile": 16, "num_selected": 5, "window": 20}
+    sizes = {"select_block": 16, "query_tile": 16, "num_selected": 5, "window": 20, "candidates": 5}
     whole = functional.nsa_attention(
         q, k, v, config={"dense_len": 0, **sizes}, valid=valid, window=90, scale=0.2
     )
