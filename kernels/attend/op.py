@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.attend import cpu, dense
 from nsa_compile.kernels.autograd import once_differentiable
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.precision import accumulator
-from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 _MASK = "float scale, bool causal, SymInt offset, int? window, int query_tile, int block"
 _lib = torch.library.Library("nsa", "FRAGMENT")
@@ -147,9 +148,7 @@ def _backward_flops(
     return 2 * batch * heads * q_len * keys * (3 * dim + 2 * v_shape[3])
 
 
-def _keys_read(
-    q_shape: Any, k_shape: Any, block_indices_shape: Any, args: Any, kwargs: Any
-) -> int:
+def _keys_read(q_shape: Any, k_shape: Any, block_indices_shape: Any, args: Any, kwargs: Any) -> int:
     # The trailing arguments are query_tile, block, dense_len; any suffix may come by keyword.
     names = [name for name in ("query_tile", "block", "dense_len") if name not in kwargs]
     positional = args[len(args) - len(names) :]
