@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import nsa_compile.kernels.library  # noqa: F401  (the rewriter names its operators)
 from nsa_compile.capture import Capture, capture
-from nsa_compile.dynamo_text import describe, needs_data
+from nsa_compile.dynamo_text import describe, mixes_devices, needs_data
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.cost import record
 from nsa_compile.passes.pipeline import convert
@@ -56,9 +57,12 @@ def _captured(target: Target, request: Request) -> Capture:
             f"was not captured ({describe(error)})"
         )
         return captured
+    todo = "change the inputs, --seq-len or --batch"
+    if mixes_devices(error):
+        todo = "make new tensors on the device of an input: torch.arange(n, device=x.device)"
     raise ForwardError(
         f"the forward of {target.name} failed with these inputs ({_shapes(target)}): "
-        f"{describe(error)}; change the inputs, --seq-len or --batch"
+        f"{describe(error)}; {todo}"
     ) from error
 
 
@@ -85,12 +89,19 @@ def _shapes(target: Target) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back torch's log: it prints tracebacks of errors that are reported here in a line."""
-    before = logging.root.manager.disable
-    if "TORCH_LOGS" not in os.environ:
-        logging.disable(logging.CRITICAL)
-    try:
+    """Hold back what torch logs and warns: errors are reported here, in a line.
+
+    ``TORCH_LOGS`` in the environment lets everything through.
+    """
+    if "TORCH_LOGS" in os.environ:
         yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch")
+            yield
     finally:
         logging.disable(before)
 

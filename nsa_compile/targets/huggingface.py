@@ -50,6 +50,11 @@ def load_huggingface(path: Path, request: Request) -> Target:
         ) from error
     model: nn.Module = skeleton.result
     target = Target(type(model).__name__, model, values=skeleton.values, notes=skeleton.notes)
+    if model.config._attn_implementation != "sdpa":
+        target.notes.append(
+            f"transformers has no SDPA attention for {target.name}; it was built with its own "
+            "code, where attention written out as matmul and softmax is not found"
+        )
     target.kwargs = _inputs(model, config, file, request)
     return target
 
@@ -89,7 +94,12 @@ def _build(transformers: Any, config: Any) -> nn.Module:
         causal = transformers.AutoModelForCausalLM
         known = causal if type(config) in causal._model_mapping else transformers.AutoModel
     from_config = getattr(known, "from_config", None) or known._from_config
-    model: nn.Module = from_config(config, attn_implementation="sdpa", dtype=config.dtype)
+    try:
+        model: nn.Module = from_config(config, attn_implementation="sdpa", dtype=config.dtype)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        model = from_config(config, attn_implementation="eager", dtype=config.dtype)
     return model
 
 

@@ -58,6 +58,17 @@ def test_an_encoder_attends_both_ways(convert: Runner, tmp_path: Path) -> None:
     assert [site["mask"] for site in outcome.json["sites"]] == ["full", "full"]
 
 
+def test_an_architecture_without_sdpa_is_built_and_that_is_said(
+    convert: Runner, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50, "dtype": "float32"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "bloom", **sizes}))
+    outcome = convert(path, "--seq-len", 32)
+    assert outcome.status == 0, outcome.err
+    assert "no SDPA attention for BloomForCausalLM" in outcome.err
+
+
 BAD = {
     "not json": ("{", "not a readable JSON file"),
     "not an object": ("[1]", "expected a JSON object with a 'model_type'"),
