@@ -35,7 +35,7 @@ def test_what_a_builder_may_return(convert: Runner, builder: str) -> None:
 
 
 def test_tensors_made_without_a_device_follow_the_model(convert: Runner) -> None:
-    """Where Dynamo traces the default device; torch 2.11 does not, and the error says what to do."""
+    """Where Dynamo traces the default device; torch 2.11 does not, and says what to do."""
     outcome = convert(f"{MODELS}:no_device")
     if outcome.status == 2:
         assert "make new tensors on the device of an input" in outcome.err
