@@ -1,7 +1,7 @@
 """``python -m nsa_compile.bench``: dense SDPA against the converted path, on this machine.
 
 The converted path is what the rewriter puts in the graph: channels or compress, select_blocks,
-selected_attention, called through ``torch.ops.nsa``. Its time is measured as a whole, and stage by
+refine_blocks where the budget asks for it, selected_attention, through ``torch.ops.nsa``. Its time is measured as a whole, and stage by
 stage beside it. Dense is ``scaled_dot_product_attention`` with its fastest backend (cuDNN first).
 Backward is the gradient of q, k and v; choosing blocks has none.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -28,9 +29,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nsa_compile.passes.config import NSAConfig, NSAConfigError
+
 from nsa_compile.passes.config import NSAConfig
 
 SCORERS = ("channels", "mean")
+STAGES = ("summary", "select", "refine", "attend")
 # Fastest first, as measured on one H100: 56 ms cuDNN, 103 ms flash at 65,536 tokens, 32 heads.
 BACKENDS = (
     SDPBackend.CUDNN_ATTENTION,
@@ -58,9 +62,20 @@ class Settings:
     compress_block: int = 32
     compress_stride: int = 16
     score_channels: int | None = None
+    candidates: int | None = None
     dense_len: int = 8192
     backward: bool = True
     budget_ms: float = 400.0
+
+    def config(self, scorer: str) -> NSAConfig:
+        """The configuration of a converted layer."""
+        return NSAConfig(
+            scorer=scorer, query_tile=self.query_tile, select_block=self.block,
+            num_selected=self.num_selected, init_blocks=self.init_blocks, window=self.window,
+            compress_block=self.compress_block, compress_stride=self.compress_stride,
+            score_channels=self.score_channels, candidates=self.candidates,
+            dense_len=self.dense_len,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,18 +121,38 @@ def measure(call: Callable[[], object], device: str, budget_ms: float) -> Timing
     """Median time of ``call`` after warming up, within about ``budget_ms``."""
     call()
     if device == "cuda":
-        from triton.testing import do_bench
-
-        median, low, high = do_bench(
-            call, warmup=int(budget_ms / 4), rep=int(budget_ms), quantiles=[0.5, 0.2, 0.8]
-        )
-        return Timing(median, low, high)
+        return _measure_queued(call, budget_ms)
     times: list[float] = []
     while not times or (sum(times) < budget_ms and len(times) < 100):
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1e3)
     fifths = statistics.quantiles(times * 2, n=5)
+    return Timing(statistics.median(times), fifths[0], fifths[-1])
+
+
+def _measure_queued(call: Callable[[], object], budget_ms: float) -> Timing:
+    """Device time of calls that wait in the queue, as those of a model do.
+
+    A call of a millisecond takes the host a good part of that to launch; timed alone, the launches
+    would be measured. Short calls are therefore timed several at a time.
+    """
+
+    def timed(calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / calls
+
+    timed(1)
+    estimate = timed(3)
+    calls = max(1, min(20, math.ceil(10 / estimate)))
+    repeats = max(5, min(50, int(budget_ms / (estimate * calls))))
+    times = [timed(calls) for _ in range(repeats)]
+    fifths = statistics.quantiles(times, n=5)
     return Timing(statistics.median(times), fifths[0], fifths[-1])
 
 
@@ -150,38 +185,33 @@ class ConvertedPath:
     """What the rewriter puts in the place of SDPA, whole and in stages."""
 
     def __init__(self, settings: Settings, scorer: str) -> None:
-        self.settings, self.scorer = settings, scorer
-        config = NSAConfig(
-            scorer=scorer, num_selected=settings.num_selected, window=settings.window,
-            query_tile=settings.query_tile, select_block=settings.block,
-        )  # fmt: skip
-        self.proposed = config.proposed_blocks()
+        self.settings, self.config = settings, settings.config(scorer)
         self.site = (settings.dim**-0.5, True, 0, None, settings.query_tile, settings.block)
+        self.refined = self.config.proposed_blocks() > settings.num_selected
 
     def summary(self, q: Tensor, k: Tensor) -> Tensor:
         s = self.settings
-        if self.scorer == "channels":
-            kept = s.score_channels or min(s.dim, max(16, s.dim // 4))
+        if self.config.scorer == "channels":
+            kept = self.config.channels(s.dim)
             return as_tensor(torch.ops.nsa.channels(q, k, None, kept, s.dense_len))
         return as_tensor(torch.ops.nsa.compress(k, None, s.compress_block, s.compress_stride))
 
     def select(self, q: Tensor, k: Tensor, summary: Tensor) -> Tensor:
         s = self.settings
         picked = torch.ops.nsa.select_blocks(
-            q, k, summary, None, self.scorer, *self.site, self.proposed, s.init_blocks, s.window,
-            s.compress_block, s.compress_stride, s.dense_len,
+            q, k, summary, None, self.config.scorer, *self.site, self.config.proposed_blocks(),
+            s.init_blocks, s.window, s.compress_block, s.compress_stride, s.dense_len,
         )  # fmt: skip
         return as_tensor(picked)
 
     def refine(self, q: Tensor, k: Tensor, candidates: Tensor) -> Tensor:
         s = self.settings
-        if self.proposed == s.num_selected:
+        if not self.refined:
             return candidates
-        chosen = torch.ops.nsa.refine_blocks(
-            q, k, candidates, None, *self.site, s.num_selected, s.init_blocks, s.window,
-            s.dense_len,
-        )  # fmt: skip
-        return as_tensor(chosen)
+        picked = torch.ops.nsa.refine_blocks(
+            q, k, candidates, None, *self.site, s.num_selected, s.init_blocks, s.window, s.dense_len
+        )
+        return as_tensor(picked)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
         dense_len = self.settings.dense_len
@@ -189,7 +219,8 @@ class ConvertedPath:
         return as_tensor(out)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attend(q, k, v, self.refine(q, k, self.select(q, k, self.summary(q, k))))
+        blocks = self.refine(q, k, self.select(q, k, self.summary(q, k)))
+        return self.attend(q, k, v, blocks)
 
 
 def as_tensor(x: Any) -> Tensor:
@@ -246,14 +277,15 @@ def stages(
     summary = path.summary(q, k)
     candidates = path.select(q, k, summary)
     blocks = path.refine(q, k, candidates)
-    return {
-        "channels" if path.scorer == "channels" else "compress": measure(
-            lambda: path.summary(q, k), *timed
-        ),
-        "select": measure(lambda: path.select(q, k, summary), *timed),
-        "refine": measure(lambda: path.refine(q, k, candidates), *timed),
-        "attend": measure(lambda: path.attend(q, k, v, blocks), *timed),
+    calls: dict[str, Callable[[], object]] = {
+        "summary": lambda: path.summary(q, k),
+        "select": lambda: path.select(q, k, summary),
+        "refine": lambda: path.refine(q, k, candidates),
+        "attend": lambda: path.attend(q, k, v, blocks),
     }
+    if not path.refined:
+        del calls["refine"]
+    return {name: measure(call, *timed) for name, call in calls.items()}
 
 
 def run(settings: Settings, console: Console) -> list[Row]:
@@ -291,11 +323,13 @@ def table(settings: Settings, rows: list[Row]) -> Table:
     for name in ("heads", "T", "scorer"):
         grid.add_column(name)
     for name in (
-        "dense fwd", "fwd", "ratio", "summary", "select", "attend", "dense bwd", "bwd", "ratio",
+        "dense fwd", "fwd", "ratio", *STAGES, "dense bwd", "bwd", "ratio",
     ):  # fmt: skip
         grid.add_column(name, justify="right")
     for row in rows:
-        parts = [str(timing) for timing in row.stages.values()] or ["dense", "", ""]
+        parts = [_cell(row.stages.get(name)) for name in STAGES]
+        if row.is_dense:
+            parts[0] = "dense"
         grid.add_row(
             f"{row.q_heads}/{row.kv_heads}", f"{row.length:,}", row.scorer,
             f"{row.dense_forward} {row.dense_backend}", str(row.forward),
@@ -343,7 +377,9 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
     parser.add_argument("--lengths", help="tokens, e.g. 8192,65536")
     parser.add_argument("--dim", type=int, help="D, the head dim")
     parser.add_argument("--scorer", choices=SCORERS, help="default: both")
-    for name in ("query_tile", "num_selected", "window", "dense_len", "score_channels"):
+    for name in (
+        "query_tile", "num_selected", "window", "dense_len", "score_channels", "candidates",
+    ):  # fmt: skip
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=getattr(Settings, name), help=name
         )
@@ -369,9 +405,13 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
         dim=given.dim or (128 if on_gpu else 64), heads=pairs, lengths=tokens,
         scorers=(given.scorer,) if given.scorer else SCORERS, query_tile=given.query_tile,
         num_selected=given.num_selected, window=given.window, dense_len=given.dense_len,
-        score_channels=given.score_channels, backward=not given.forward_only,
+        score_channels=given.score_channels, candidates=given.candidates, backward=not given.forward_only,
         budget_ms=given.budget_ms,
     )  # fmt: skip
+    try:
+        settings.config(SCORERS[0])
+    except NSAConfigError as error:
+        parser.error(str(error))
     return settings, given.json
 
 

@@ -17,8 +17,8 @@ from nsa_compile.passes.masks.logic import all_of
 from nsa_compile.passes.masks.values import Value, choose
 from nsa_compile.passes.masks.views import Index
 
-# Larger than the causal buffer of an 8,192-token model; past it a proof by value costs real time.
-_MOST_ELEMENTS = 64 * 2**20
+# The causal buffer of a 16,384-token model; past it a proof by value costs real time.
+_MOST_ELEMENTS = 2**28
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Patterns:
     def _check(self, node: fx.Node) -> bool:
         if node.op in ("placeholder", "get_attr"):
             tensor = self._values.get(node)
-            return tensor is not None and not tensor.is_meta
+            return not (tensor is None or tensor.is_meta or isinstance(tensor, torch.nn.Parameter))
         if node.op not in ("call_function", "call_method") or dialect.written(node):
             return False
         if any(dialect.written(user) for user in node.users):

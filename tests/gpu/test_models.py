@@ -50,7 +50,7 @@ def test_a_bf16_training_step_runs_and_decreases_the_loss(name: str, mode: str |
     torch._dynamo.reset()
     model = build(name).cuda()
     options = {"dense_len": 0, "num_selected": 8, "window": 64, "query_tile": 64}
-    fast = torch.compile(model, backend="nsa", mode=mode, options=options)
+    fast = torch.compile(model, backend="nsa", options={**options, "mode": mode})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = token_ids(1000).cuda()
     losses = []
