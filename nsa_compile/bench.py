@@ -1,14 +1,15 @@
 """``python -m nsa_compile.bench``: dense SDPA against the converted path, on this machine.
 
 The converted path is what the rewriter puts in the graph: channels or compress, select_blocks,
-refine_blocks where the budget asks for it, selected_attention, through ``torch.ops.nsa``. Its time is measured as a whole, and stage by
-stage beside it. Dense is ``scaled_dot_product_attention`` with its fastest backend (cuDNN first).
-Backward is the gradient of q, k and v; choosing blocks has none.
+refine_blocks where the budget asks for it, selected_attention, through ``torch.ops.nsa``. Its time
+is measured as a whole, and stage by stage beside it. Dense is ``scaled_dot_product_attention`` with
+its fastest backend (cuDNN first). Backward is the gradient of q, k and v; choosing blocks has none.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -30,8 +31,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
-
-from nsa_compile.passes.config import NSAConfig
 
 SCORERS = ("channels", "mean")
 STAGES = ("summary", "select", "refine", "attend")
@@ -260,7 +259,7 @@ def measure_shape(
         is_dense = length <= settings.dense_len
         row = Row(
             *heads, length, scorer, is_dense, backend, dense_forward,
-            measure(lambda path=path: path(*qkv), *timed), dense_backward=dense_backward,
+            measure(functools.partial(path, *qkv), *timed), dense_backward=dense_backward,
         )  # fmt: skip
         row.stages = {} if is_dense else stages(path, qkv, timed)
         if settings.backward:
@@ -405,7 +404,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
         dim=given.dim or (128 if on_gpu else 64), heads=pairs, lengths=tokens,
         scorers=(given.scorer,) if given.scorer else SCORERS, query_tile=given.query_tile,
         num_selected=given.num_selected, window=given.window, dense_len=given.dense_len,
-        score_channels=given.score_channels, candidates=given.candidates, backward=not given.forward_only,
+        score_channels=given.score_channels, candidates=given.candidates,
+        backward=not given.forward_only,
         budget_ms=given.budget_ms,
     )  # fmt: skip
     try:
