@@ -197,9 +197,8 @@ def written(node: fx.Node) -> list[fx.Node]:
     if node.op in ("call_method", "call_function"):
         spelled = name(node)
         trailing = spelled.endswith("_") and not spelled.endswith("__")
-        of_operator = (
-            getattr(target, "__module__", "") == "_operator"
-        )  # and_, or_, not_ write nothing
+        # operator.and_, or_ and not_ write nothing.
+        of_operator = getattr(target, "__module__", "") == "_operator"
         if (trailing and not of_operator) or target in _INPLACE_OPERATORS:
             found.append(node.args[0] if node.args else node.kwargs.get("input"))
     return [each for each in found if isinstance(each, fx.Node)]

@@ -44,7 +44,7 @@ class Lifter:
     """Lifts elements of one graph's tensors; every (node, index) is lifted once.
 
     Args:
-        graph: the graph, read only.
+        gm: the graph, read only.
         values: real tensors of placeholders and attributes whose content a proof may read.
     """
 
@@ -74,8 +74,10 @@ class Lifter:
         key = (version, index)
         if key not in self._lifted:
             reader, self._reader = self._reader, version
-            self._lifted[key] = self._lift(version, index)
-            self._reader = reader
+            try:
+                self._lifted[key] = self._lift(version, index)
+            finally:
+                self._reader = reader
         return self._lifted[key]
 
     def operand(self, node: fx.Node, argument: Any, index: Index) -> Value:
@@ -120,16 +122,18 @@ class Lifter:
             found = self._rule(node, index)
             if dialect.value(node).dtype == torch.bool:
                 found = cast(found, torch.bool)
+            if not _fits(found, node) or size(found) > _LARGEST:
+                raise Stuck("values that its dtype may not hold exactly")
         except Stuck as stuck:
-            pattern = self.patterns.evaluated(node)
-            if pattern is None:
-                return self._opaque(node, index, str(stuck))
-            found = pattern.element(index)
-        except RecursionError:
-            return self._opaque(node, index, "too deep an expression")
-        if not _fits(found, node) or size(found) > _LARGEST:
-            return self._opaque(node, index, "values that its dtype may not hold exactly")
+            return self._by_value(node, index, str(stuck))
+        except Exception as error:
+            # An argument form that no rule foresaw: one mask stays unproven, not the whole graph.
+            return self._by_value(node, index, f"{type(error).__name__}: {error}")
         return found
+
+    def _by_value(self, node: fx.Node, index: Index, why: str) -> Value:
+        pattern = self.patterns.evaluated(node)
+        return self._opaque(node, index, why) if pattern is None else pattern.element(index)
 
     def _is_row(self, node: fx.Node, index: Index) -> bool:
         """Whether ``node`` is ``[B, Tk]`` or ``[1, Tk]`` and read at ``[b, j]``, all of it."""

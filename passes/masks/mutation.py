@@ -52,7 +52,9 @@ class Mutations:
             return node
         last = past[-1]
         op = dialect.view(last)
-        functional = op is not None and op.inplace and dialect.shape(last) is not None
+        # An in-place view (unsqueeze_) changes the shape that ``node`` was recorded with.
+        same_shape = dialect.shape(last) is not None and dialect.shape(last) == dialect.shape(node)
+        functional = op is not None and op.inplace and same_shape
         if functional and (node is last or (node is last.args[0] and node is _base(node))):
             return last
         return f"written to in place by {dialect.describe(last)}"

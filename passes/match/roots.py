@@ -24,7 +24,7 @@ class Root:
     key: fx.Node
     value: fx.Node
     mask: fx.Node | None
-    is_causal: bool
+    is_causal: bool | fx.Node
     scale: float | fx.Node
     dropout: float
     spelling: str
@@ -50,7 +50,7 @@ def _sdpa(node: fx.Node) -> Root | None:
         key=key,
         value=value,
         mask=mask,
-        is_causal=bool(op["is_causal"]),
+        is_causal=op["is_causal"] or False,
         scale=_scale(op["scale"], query),
         dropout=_number(op["dropout_p"] or 0.0),
         spelling="sdpa",

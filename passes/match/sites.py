@@ -74,6 +74,8 @@ def _site(root: Root, prover: Prover, path: str, cls: str, ordinal: int) -> Atte
 
 
 def _prove(root: Root, geometry: Geometry, prover: Prover) -> Mask | Refusal:
+    if not isinstance(root.is_causal, bool):
+        return Refusal(Reason.MASK_NOT_UNDERSTOOD, f"is_causal={root.is_causal} is no constant")
     return prover.prove(geometry, root.mask, root.is_causal, root.output)
 
 

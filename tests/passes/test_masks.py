@@ -14,6 +14,7 @@ from nsa_compile.passes.site import Mask
 from tests.passes.checking import Checker, check
 
 Tensor = torch.Tensor
+sdpa = F.scaled_dot_product_attention
 
 
 def run(
@@ -397,6 +398,26 @@ def test_a_write_through_a_view_is_not_missed(through: str) -> None:
         return m
 
     assert run(mask, dynamic=False).masks == ["mask_not_understood"]
+
+
+def test_an_in_place_view_is_not_misread() -> None:
+    def mask(q: Tensor) -> Tensor:
+        m = torch.ones(12, 12, dtype=torch.bool).tril()
+        m.unsqueeze_(0)
+        return m
+
+    assert run(mask, dynamic=False).masks in (["causal"], ["mask_not_understood"])
+
+
+def test_arguments_that_no_rule_foresaw_leave_other_masks_alone() -> None:
+    def f(x: Tensor, n: Tensor) -> Tensor:
+        q = x.view(2, 12, 4, 8).transpose(1, 2)
+        odd = torch.ones(12, 12).cumsum(dim=-1, dtype=torch.float64) > n.cumsum(axis=0)
+        y = sdpa(q, q, q, attn_mask=odd)
+        return sdpa(y, y, y, is_causal=True)
+
+    checker = check(f, (torch.randn(2, 12, 32), torch.randn(12)))
+    assert checker.masks == ["mask_not_understood", "causal"]
 
 
 def test_one_mask_serves_many_layers() -> None:
