@@ -108,6 +108,17 @@ def size(condition: Condition) -> int:
     return 1
 
 
+def describe(condition: Condition) -> str:
+    """``condition`` as text, terms on the side where they are positive: ``j <= i + 3``."""
+    if isinstance(condition, (All, Any_)):
+        parts = sorted(describe(c) for c in condition.of)
+        return "(" + (" and " if isinstance(condition, All) else " or ").join(parts) + ")"
+    of = condition.of
+    positive = Affine(max(of.const, 0), {a: c for a, c in of.terms.items() if c > 0})
+    sign = {Ge: "<=", Eq: "==", Ne: "!="}[type(condition)]
+    return f"{positive - of!r} {sign} {positive!r}"
+
+
 def _compares_indices(of: Affine) -> bool:
     """Whether two index variables are compared with each other.
 

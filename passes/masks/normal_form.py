@@ -9,7 +9,15 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine, Var
-from nsa_compile.passes.masks.conditions import FALSE, Condition, Ge, conjuncts, loads, variables
+from nsa_compile.passes.masks.conditions import (
+    FALSE,
+    Condition,
+    Ge,
+    conjuncts,
+    describe,
+    loads,
+    variables,
+)
 from nsa_compile.passes.masks.logic import all_of
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Mask
@@ -64,7 +72,7 @@ def _term(conjunct: Condition, terms: _Terms, mask: fx.Node | None) -> Refusal |
         upper = _sign(conjunct.of, "i") > 0
         tight = _tighter(terms.above if upper else terms.below, rest)
         if tight is None:
-            return _refusal(mask, f"two diagonals that cannot be compared, {conjunct.of!r}")
+            return _refusal(mask, f"two diagonals that cannot be compared, {_shown(conjunct)}")
         if upper:
             terms.above = tight
         else:
@@ -140,8 +148,8 @@ def _unclassified(terms: list[Condition], mask: fx.Node | None) -> Refusal:
     return _refusal(load.node, load.why or known_later)
 
 
-def _shown(conjunct: Condition) -> str:
-    text = repr(conjunct) if not isinstance(conjunct, Ge) else f"{conjunct.of!r} >= 0"
+def _shown(condition: Condition) -> str:
+    text = describe(condition)
     return text if len(text) < 120 else text[:117] + "..."
 
 

@@ -7,8 +7,20 @@ import random
 from collections.abc import Callable
 
 import pytest
+
 from nsa_compile.passes.masks.affine import Affine, Var, affine, floor_div, lower, modulo, upper
-from nsa_compile.passes.masks.conditions import FALSE, TRUE, All, Condition, Eq, Ge, eq, ge, ne
+from nsa_compile.passes.masks.conditions import (
+    FALSE,
+    TRUE,
+    All,
+    Condition,
+    Eq,
+    Ge,
+    describe,
+    eq,
+    ge,
+    ne,
+)
 from nsa_compile.passes.masks.logic import all_of, any_of, negation
 from nsa_compile.passes.masks.values import Choice, Value, choose
 
@@ -120,3 +132,9 @@ def test_forms_that_models_write_collapse() -> None:
 def test_a_diagonal_is_kept_where_the_example_length_decides_it() -> None:
     assert ge(j - i + 100) == Ge(j - i + 100)
     assert ge(j + 100) == TRUE
+
+
+def test_text_reads_as_an_inequality() -> None:
+    assert describe(ge(i - j + 3)) == "j <= i +3"
+    assert describe(eq(floor_div(i, 4) - floor_div(j, 3))) == "((j) // 3) == ((i) // 4)"
+    assert describe(all_of([ge(i - j), ne(t)])) == "(0 != t and j <= i)"

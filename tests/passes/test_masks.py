@@ -286,6 +286,12 @@ def test_a_mask_from_outside_is_refused_by_name() -> None:
     assert "graph input" in refusal(checker).detail
 
 
+def test_an_unnamed_condition_is_told_as_it_was_understood() -> None:
+    checker = run(NEAR_MISSES["chunks"])
+    assert "((i) // 4)" in refusal(checker).detail
+    assert "((j) // 4)" in refusal(checker).detail
+
+
 def test_decode_step() -> None:
     def f(q: Tensor, k: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, k)
