@@ -9,24 +9,13 @@ logits, one a candidate, in registers. Exponentials are base 2.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
+from nsa_compile.kernels.attend.triton_rows import Launch, program_rows, warps_for
 from nsa_compile.kernels.refine.ranking import best_candidates, forced_candidates
-
-
-class Launch(NamedTuple):
-    """Rows of queries, keys a step, warps and pipeline stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
+from nsa_compile.kernels.triton_site import LOG2_E, dense_rows, mask_pointer, mask_strides, visible
 
 # By sixteen-bit inputs and head dim padded to a power of two.
 LAUNCHES: dict[tuple[bool, int], Launch] = {
@@ -37,7 +26,6 @@ LAUNCHES: dict[tuple[bool, int], Launch] = {
     (False, 128): Launch(32, 32, 4, 1),
     (False, 256): Launch(16, 16, 4, 1),
 }
-LOG2_E = math.log2(math.e)
 
 
 @triton.jit
@@ -64,13 +52,8 @@ def _listed_logits(
             tile = tl.load(pointers)
         s = tl.dot(q, tl.trans(tile), input_precision="ieee")
         if MASKED:
-            seen = inside[None, :] & (position[:, None] == position[:, None])
-            if CAUSAL:
-                seen = seen & (key[None, :] <= position[:, None])
-            elif WINDOWED:
-                seen = seen & (key[None, :] < position[:, None] + window)
-            if WINDOWED:
-                seen = seen & (key[None, :] > position[:, None] - window)
+            seen = visible(position[:, None], key[None, :], kv_len, window, CAUSAL, WINDOWED)
+            seen = seen & inside[None, :]
             if PADDED:
                 real = tl.load(valid + key.to(tl.int64) * valid_row, mask=inside, other=0)
                 seen = seen & (real != 0)[None, :]
@@ -143,7 +126,7 @@ def refine_blocks(
     """int32 [B, Hkv, NT, n] out of ``candidates`` [B, Hkv, NT, m], ascending, -1 padded."""
     batch, q_heads, q_len, dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    q, k = _dense_rows(q), _dense_rows(k)
+    q, k = dense_rows(q), dense_rows(k)
     group, tiles, listed = q_heads // kv_heads, candidates.shape[2], candidates.shape[3]
     forced = forced_candidates(
         candidates, q_len, causal, offset, query_tile, block, init_blocks, local_window
@@ -162,22 +145,19 @@ def refine_blocks(
     counts = torch.stack((full.sum(-1), free.sum(-1)), dim=-1).to(torch.int32).contiguous()
     padded = max(16, triton.next_power_of_2(dim))
     launch = LAUNCHES[q.element_size() == 2, max(64, padded)]
-    chunks = triton.cdiv(group * query_tile, launch.rows)
+    rows = program_rows(launch.rows, group, query_tile)
+    chunks = triton.cdiv(group * query_tile, rows)
     slots = max(16, triton.next_power_of_2(listed))
     part = q.new_empty(batch, kv_heads, tiles, chunks, slots, dtype=torch.float32)
     _listed_scores[(batch * kv_heads * tiles * chunks,)](
-        q, k, q if valid is None else valid.view(torch.uint8), ids, counts, part,
+        q, k, mask_pointer(valid, q), ids, counts, part,
         abs(scale) * LOG2_E, tiles, kv_heads, q_len, kv_len, offset, window or 0,
-        *q.stride()[:3], *k.stride()[:3], *((0, 0) if valid is None else valid.stride()),
-        G=group, N=listed, R=query_tile, L=block, D=dim, DP=padded, M=launch.rows, BN=launch.keys,
+        *q.stride()[:3], *k.stride()[:3], *mask_strides(valid),
+        G=group, N=listed, R=query_tile, L=block, D=dim, DP=padded, M=rows, BN=launch.keys,
         SLOTS=slots, CHUNKS=chunks, CAUSAL=causal, WINDOWED=window is not None,
-        PADDED=valid is not None, NEGATIVE=scale < 0, num_warps=launch.warps,
+        PADDED=valid is not None, NEGATIVE=scale < 0, num_warps=warps_for(launch, rows),
         num_stages=launch.stages,
     )  # fmt: skip
     weights = part.sum(dim=3)[..., :listed]
     scores = torch.zeros_like(weights).scatter_(-1, order, weights)
     return best_candidates(candidates, forced, scores, num_selected)
-
-
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
