@@ -218,7 +218,7 @@ def _is_state(node: fx.Node) -> bool:
 
 
 def _position(gm: fx.GraphModule, placeholder: fx.Node) -> int:
-    return gm.graph.find_nodes(op="placeholder").index(placeholder)
+    return list(gm.graph.find_nodes(op="placeholder")).index(placeholder)
 
 
 def _records(conversion: Conversion, entry: CompiledGraph) -> list[SiteRecord]:

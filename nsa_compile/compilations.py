@@ -117,7 +117,7 @@ def _context(function: object) -> object | None:
     """The Dynamo context that a compiled function closes over; None for a plain function."""
     for cell in getattr(function, "__closure__", None) or ():
         try:
-            content = cell.cell_contents
+            content: object = cell.cell_contents
         except ValueError:  # a cell that is still empty
             continue
         if isinstance(content, torch._dynamo.eval_frame._TorchDynamoContext):

@@ -60,7 +60,7 @@ class Rewriter:
             out = self._subgraph(decision)
         out.meta["example_value"] = site.output.meta.get("example_value")
         site.output.replace_all_uses_with(out)
-        inputs = site.output.all_input_nodes
+        inputs: list[fx.Node] = site.output.all_input_nodes
         self.gm.graph.erase_node(site.output)
         return inputs
 
