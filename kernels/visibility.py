@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from nsa_compile.kernels.geometry import Tiling, num_compressed
 from torch import Tensor
+
+from nsa_compile.kernels.geometry import Tiling, num_compressed
 
 
 def sees(positions: Tensor, keys: Tensor, tiling: Tiling) -> Tensor:

@@ -94,7 +94,7 @@ def _absolute(entry: CompiledGraph, paths: dict[int, str]) -> list[SiteRecord]:
 
 
 def _owners(compiled: object) -> tuple[list[Any], dict[int, str], str]:
-    """-> the backend callables behind ``compiled``, paths of its modules by id, the model's name."""
+    """-> backend callables behind ``compiled``, paths of its modules by id, the model's name."""
     if isinstance(compiled, nn.Module):
         module = getattr(compiled, "_orig_mod", compiled)
         paths = {id(child): path for path, child in module.named_modules()}
@@ -117,11 +117,12 @@ def _context(function: object) -> object | None:
     """The Dynamo context that a compiled function closes over; None for a plain function."""
     for cell in getattr(function, "__closure__", None) or ():
         try:
-            content: object = cell.cell_contents
+            content = cell.cell_contents
         except ValueError:  # a cell that is still empty
             continue
         if isinstance(content, torch._dynamo.eval_frame._TorchDynamoContext):
-            return content
+            context: object = content
+            return context
     return None
 
 

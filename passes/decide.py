@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
+
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
-from torch import fx
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

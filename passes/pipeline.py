@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.decide import decide
 from nsa_compile.passes.match import find_sites
 from nsa_compile.passes.rewrite import Rewriter
 from nsa_compile.passes.site import Decision, Mask
-from torch import fx
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from nsa_compile.passes.site import Decision, Mask
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+
+from nsa_compile.passes.site import Decision, Mask
 
 # Two rows past the compressed blocks keep their number from ever being 0 or 1, sizes that torch
 # compiles separately for: one dynamic compilation serves short sequences too.

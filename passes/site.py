@@ -9,8 +9,9 @@ from nsa_compile.passes.reasons import Refusal
 
 if TYPE_CHECKING:
     import torch
-    from nsa_compile.passes.config import NSAConfig
     from torch import fx
+
+    from nsa_compile.passes.config import NSAConfig
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.autograd import once_differentiable
 from nsa_compile.kernels.compress import cpu
 from nsa_compile.kernels.launchers import launchers
-from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 _lib = torch.library.Library("nsa", "FRAGMENT")
 _lib.define("compress(Tensor x, Tensor? valid, int block, int stride, int spare=0) -> Tensor")

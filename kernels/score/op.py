@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
 from nsa_compile.kernels.autograd import not_differentiable
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.score import cpu
-from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 _lib = torch.library.Library("nsa", "FRAGMENT")
 _lib.define(

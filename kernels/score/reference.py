@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from nsa_compile.kernels.attend.reference import visible
 from torch import Tensor
+
+from nsa_compile.kernels.attend.reference import visible
 
 
 def channels(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int) -> Tensor:

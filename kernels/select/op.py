@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.autograd import not_differentiable
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.select import cpu
-from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 _lib = torch.library.Library("nsa", "FRAGMENT")
 _lib.define(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from nsa_compile.kernels.attend.reference import visible
 from nsa_compile.kernels.score.reference import channel_scores, mean_scores
-from torch import Tensor
 
 
 def ranked_scores(

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx, nn
+
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.evaluate import evaluate
 from nsa_compile.passes.match import find_sites
 from nsa_compile.passes.site import AttentionSite, Mask
-from torch import fx, nn
 
 MASKED = -1e4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from nsa_compile.passes.config import NSAConfig, NSAConfigError, window_blocks
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_compile.passes import dialect
 from torch import fx
+
+from nsa_compile.passes import dialect
 
 aten = torch.ops.aten
 F = torch.nn.functional

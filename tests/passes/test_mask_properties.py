@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nsa_compile.passes.site import Mask
 
+from nsa_compile.passes.site import Mask
 from tests.passes.checking import check
 
 Tensor = torch.Tensor

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nsa_compile.passes.match import find_sites
-from nsa_compile.passes.match.origin import clean_path
-from nsa_compile.passes.reasons import Reason, Refusal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nsa_compile.passes.match import find_sites
+from nsa_compile.passes.match.origin import clean_path
+from nsa_compile.passes.reasons import Reason, Refusal
 from tests.passes.checking import check, verdict
 
 Tensor = torch.Tensor
