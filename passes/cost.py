@@ -66,7 +66,7 @@ def flops_sparse(site: AttentionSite, config: NSAConfig) -> int | str:
     Python expression in the graph's symbols.
     """
     dense, keys = _dense(site), _size(site.kv_len)
-    sparse = _scoring(site, config) + _attending(site, config)
+    sparse = _scoring(site, config) + _second_look(site, config) + _attending(site, config)
     if isinstance(keys, int):
         assert config.dense_len is not None
         return _text(dense if keys <= config.dense_len else sparse)
@@ -102,35 +102,42 @@ def _ramp(count: Size, limit: Size) -> Size:
 
 
 def _dense(site: AttentionSite) -> Size:
-    pairs = _pairs(site, site.mask.window if isinstance(site.mask, Mask) else None)
-    return _heads(site) * 2 * (site.head_dim + site.value_dim) * pairs
+    return _heads(site) * 2 * (site.head_dim + site.value_dim) * _pairs(site, _own_window(site))
 
 
 def _scoring(site: AttentionSite, config: NSAConfig) -> Size:
     """Every visible key on r channels, or every compressed block on all of them."""
-    pairs = _pairs(site, site.mask.window if isinstance(site.mask, Mask) else None)
+    pairs = _pairs(site, _own_window(site))
     if config.scorer == "channels":
-        refined: Size = 0
-        if config.proposed_blocks() > (config.num_selected or 0):
-            refined = site.head_dim * _listed(site, config.proposed_blocks() * config.select_block)
-        return _heads(site) * 2 * (config.channels(site.head_dim) * pairs + refined)
+        return _heads(site) * 2 * config.channels(site.head_dim) * pairs
     return _heads(site) * 2 * site.head_dim * (pairs // config.compress_stride)
 
 
+def _second_look(site: AttentionSite, config: NSAConfig) -> Size:
+    """Exact logits in the proposed blocks that are not forced; nothing without a second look."""
+    proposed = config.proposed_blocks()
+    if proposed == config.num_selected:
+        return 0
+    free = max(proposed - config.forced_blocks(), 0)
+    return _heads(site) * 2 * site.head_dim * _pairs_read(site, free * config.select_block)
+
+
 def _attending(site: AttentionSite, config: NSAConfig) -> Size:
-    """At most n * L of its visible keys for each query."""
     assert config.num_selected is not None
-    pairs = _listed(site, config.num_selected * config.select_block)
+    pairs = _pairs_read(site, config.num_selected * config.select_block)
     return _heads(site) * 2 * (site.head_dim + site.value_dim) * pairs
 
 
-def _listed(site: AttentionSite, keys: int) -> Size:
-    """Pairs of a query with at most ``keys`` of its visible keys."""
-    mask = site.mask
-    own = mask.window if isinstance(mask, Mask) else None
-    if isinstance(mask, Mask) and mask.causal:
-        return _pairs(site, keys if own is None else min(own, keys))
-    return _min(_pairs(site, own), _size(site.q_len) * keys)
+def _pairs_read(site: AttentionSite, budget: int) -> Size:
+    """Visible pairs when a query reads at most ``budget`` keys."""
+    own = _own_window(site)
+    if isinstance(site.mask, Mask) and site.mask.causal:
+        return _pairs(site, budget if own is None else min(own, budget))
+    return _min(_pairs(site, own), _size(site.q_len) * budget)
+
+
+def _own_window(site: AttentionSite) -> int | None:
+    return site.mask.window if isinstance(site.mask, Mask) else None
 
 
 def _pairs(site: AttentionSite, window: int | None) -> Size:
@@ -195,4 +202,5 @@ def _sizes_used(decision: Decision) -> dict[str, Any]:
     sizes = decision.config.sizes()
     if decision.config.scorer == "channels":
         sizes["score_channels"] = decision.config.channels(decision.site.head_dim)
+        sizes["candidates"] = decision.config.proposed_blocks()
     return sizes
