@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa_compile.kernels.attend.reference import visible
 from nsa_compile.kernels.refine.ranking import forced_candidates
-from nsa_compile.kernels.score.reference import safe_softmax, tile_sum
+from nsa_compile.kernels.score.reference import safe_softmax
 
 
 def refine_blocks(
@@ -36,7 +36,12 @@ def candidate_scores(
     q: Tensor, k: Tensor, candidates: Tensor, forced: Tensor, valid: Tensor | None, scale: float,
     causal: bool, offset: int, window: int | None, query_tile: int, block: int,
 ) -> Tensor:  # fmt: skip
-    """[B, Hkv, NT, m]: softmax over a tile's free candidates of the largest logit in the block."""
+    """[B, Hkv, NT, m]: how much one query of the tile, in one head, wants the block at most.
+
+    That is the maximum over the tile's rows of the softmax, over the free candidates, of the
+    largest logit in the block: a block that one query needs is not outvoted by those that many
+    queries glance at.
+    """
     q_len, kv_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
     group = q.shape[1] // kv_heads
     mask = visible(q_len, kv_len, causal, offset, window, valid)
@@ -46,4 +51,5 @@ def candidate_scores(
     free = candidates.masked_fill(forced, -1)
     rows = free.repeat_interleave(query_tile, dim=2)[:, :, :q_len].repeat_interleave(group, dim=1)
     listed = best.gather(3, rows.clamp(min=0).long()).masked_fill(rows < 0, -torch.inf)
-    return tile_sum(safe_softmax(listed), kv_heads, query_tile)
+    wanted = safe_softmax(listed).unflatten(1, (kv_heads, group)).amax(dim=2)
+    return torch.stack([tile.amax(dim=2) for tile in wanted.split(query_tile, dim=2)], dim=2)

@@ -1,7 +1,7 @@
 """Triton kernel that weighs listed blocks of keys by their exact logits.
 
     x_ib = max_{j in b, j seen by i} scale q_i.k_j,  b over the free candidates of i's tile
-    score_tb = sum_{i in t, heads} exp(x_ib) / sum_b' exp(x_ib')
+    score_tb = max_{i in t, heads} exp(x_ib) / sum_b' exp(x_ib')
 
 A program owns M rows of one tile (head-major, as in attention over selected blocks) and keeps their
 logits, one a candidate, in registers. Exponentials are base 2.
@@ -114,7 +114,7 @@ def _listed_scores(
     weight = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top)[:, None])
     total = tl.sum(weight, 1)
     share = tl.where(mine & (total > 0), 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    score = tl.sum(weight * share[:, None], 0)
+    score = tl.max(weight * share[:, None], 0)
     tl.store(part + pid * SLOTS + tl.arange(0, SLOTS), score)
 
 
@@ -158,6 +158,6 @@ def refine_blocks(
         PADDED=valid is not None, NEGATIVE=scale < 0, num_warps=warps_for(launch, rows),
         num_stages=launch.stages,
     )  # fmt: skip
-    weights = part.sum(dim=3)[..., :listed]
+    weights = part.amax(dim=3)[..., :listed]
     scores = torch.zeros_like(weights).scatter_(-1, order, weights)
     return best_candidates(candidates, forced, scores, num_selected)
