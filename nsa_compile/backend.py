@@ -7,7 +7,6 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +20,8 @@ import nsa_compile.kernels.library  # noqa: F401  registers torch.ops.nsa
 from nsa_compile import compilations
 from nsa_compile.compilations import CompiledGraph
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
-from nsa_compile.passes.cost import record
+from nsa_compile.passes.cost import failed_record, record
 from nsa_compile.passes.pipeline import Conversion, analyse
-from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.rewrite import Rewriter
 from nsa_compile.passes.site import SiteRecord
 
@@ -155,7 +153,7 @@ def _untouched(
     text = f"graph {entry.compile_id} of {entry.model} stays dense: {type(error).__name__}: {error}"
     compiled = _inner(gm, example_inputs, config, mode)
     entry.failures.append(text)
-    entry.records = [_failed(row, text) for row in entry.records]
+    entry.records = [failed_record(row, text) for row in entry.records]
     warnings.warn(f"nsa_compile failed and left the model as it was; {text}", ConversionWarning, 2)
     return compiled
 
@@ -223,20 +221,6 @@ def _position(gm: fx.GraphModule, placeholder: fx.Node) -> int:
 
 def _records(conversion: Conversion, entry: CompiledGraph) -> list[SiteRecord]:
     return [record(decision, entry.compile_id) for decision in conversion.decisions]
-
-
-def _failed(row: SiteRecord, detail: str) -> SiteRecord:
-    """``row`` as kept dense by an internal failure."""
-    refusal = Refusal(Reason.INTERNAL_ERROR, detail)
-    return replace(
-        row,
-        decision="kept",
-        reason=refusal.code,
-        reason_text=refusal.text,
-        hint=refusal.hint,
-        config=None,
-        flops_sparse=None,
-    )
 
 
 def _enforce_strict(config: NSAConfig, records: Sequence[SiteRecord]) -> None:

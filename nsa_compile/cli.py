@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from ast import literal_eval
 from collections.abc import Sequence
@@ -38,6 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nsa-convert``; returns the exit status."""
+    _never_fail_to_print()
     try:
         return _run(_parser().parse_args(argv))
     except SystemExit as finished:  # --help and --version
@@ -45,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, NSAConfigError, TargetError, ForwardError) as error:
         print(f"nsa-convert: error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CONVERTED
     except KeyboardInterrupt:
         print("nsa-convert: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -62,13 +68,21 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     _write("--json", arguments.json, report.to_json() + "\n")
     _write("--markdown", arguments.markdown, report.to_markdown())
-    return KEPT if arguments.strict and _incomplete(report) else CONVERTED
+    strict = arguments.strict or config.strict
+    return KEPT if strict and _incomplete(report) else CONVERTED
 
 
 def _print(report: RewriteReport) -> None:
     """In colour and as wide as it is on a terminal; else as text of a fixed width."""
     console = Console(highlight=False)
-    console.print(report) if console.is_terminal else print(report)
+    console.print(report) if console.is_terminal else print(report, flush=True)
+
+
+def _never_fail_to_print() -> None:
+    """The table draws lines, which a terminal without Unicode shall show as ``?``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _incomplete(report: RewriteReport) -> bool:

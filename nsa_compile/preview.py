@@ -16,8 +16,9 @@ import nsa_compile.kernels.library  # noqa: F401  (the rewriter names its operat
 from nsa_compile.capture import Capture, capture
 from nsa_compile.dynamo_text import describe, mixes_devices, needs_data
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.cost import record
-from nsa_compile.passes.pipeline import convert
+from nsa_compile.passes.cost import failed_record, record
+from nsa_compile.passes.pipeline import analyse
+from nsa_compile.passes.rewrite import Rewriter
 from nsa_compile.passes.site import SiteRecord
 from nsa_compile.report import RewriteReport
 from nsa_compile.targets import Request, Target, load
@@ -70,11 +71,17 @@ def _report(target: Target, captured: Capture, config: NSAConfig) -> RewriteRepo
     records: list[SiteRecord] = []
     failures = list(captured.failures)
     for graph in captured.graphs:
+        rows: list[SiteRecord] = []
         try:
-            decisions = convert(graph.gm, config, values=graph.values).decisions
-            records += [record(decision, graph.compile_id) for decision in decisions]
-        except Exception as error:  # ours, not the user's: reported like the backend reports it
-            failures.append(f"graph {graph.compile_id} stays dense: {describe(error)}")
+            conversion = analyse(graph.gm, config, values=graph.values)
+            rows = [record(decision, graph.compile_id) for decision in conversion.decisions]
+            if conversion.converts:
+                Rewriter(graph.gm).apply(conversion.decisions)
+        except Exception as error:  # ours, not the user's: reported as the backend reports it
+            text = f"graph {graph.compile_id} stays dense: {describe(error)}"
+            failures.append(text)
+            rows = [failed_record(row, text) for row in rows]
+        records += rows
     return RewriteReport.merge(target.name, records, failures)
 
 
@@ -110,7 +117,7 @@ def _quiet() -> Iterator[None]:
 def _progress() -> Iterator[Callable[[str], None]]:
     """A spinner and a clock on standard error, when that is a terminal."""
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:

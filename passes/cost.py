@@ -10,6 +10,7 @@ never compares or converts a SymInt, which would install a guard.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import fx
 
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.reasons import Refusal
+from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Decision, Mask, SiteRecord
 
 Size = Any  # an int, or a sympy expression in a dynamic graph
@@ -51,6 +52,20 @@ def record(decision: Decision, compile_id: str) -> SiteRecord:
         batch=_text(_size(site.batch)),
         ordinal=site.ordinal,
         compile_id=compile_id,
+    )
+
+
+def failed_record(row: SiteRecord, detail: str) -> SiteRecord:
+    """``row`` as kept dense by an internal failure."""
+    refusal = Refusal(Reason.INTERNAL_ERROR, detail)
+    return replace(
+        row,
+        decision="kept",
+        reason=refusal.code,
+        reason_text=refusal.text,
+        hint=refusal.hint,
+        config=None,
+        flops_sparse=None,
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,6 +174,22 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("nsa-convert 0.")
     assert main(["--help"]) == 0
     assert "--seq-len" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_stream_without_unicode_is_no_traceback(encoding: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-m", "nsa_compile.cli", str(MODELS)]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"2 of 2 attention layers converted" in done.stdout
+    assert done.stderr == b""
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    command = f"{sys.executable} -m nsa_compile.cli {MODELS} | true"
+    done = subprocess.run(command, env=environment, capture_output=True, shell=True, check=True)
+    assert done.stderr == b""
 
 
 def test_an_interrupt_is_not_a_traceback(

@@ -77,6 +77,21 @@ def test_strict_turns_a_kept_layer_into_status_1_after_the_report(convert: Runne
     assert convert(MODELS, "--strict").status == 0
 
 
+@pytest.mark.parametrize("broken", ["analyse", "Rewriter"])
+def test_a_failure_of_ours_is_reported_as_the_backend_reports_it(
+    convert: Runner, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("q")
+
+    monkeypatch.setattr(f"nsa_compile.preview.{broken}", fail)
+    outcome = convert(MODELS, "--option", "strict=true")
+    assert outcome.status == 1
+    assert outcome.json["failures"] == ["graph 0/0 stays dense: KeyError: 'q'"]
+    kept = [("layers.0", "kept", "internal_error"), ("layers.1", "kept", "internal_error")]
+    assert outcome.verdicts() == (kept if broken == "Rewriter" else [])
+
+
 def test_dropout_counts_only_with_train(convert: Runner) -> None:
     assert convert(f"{MODELS}:dropout").verdicts() == LAYERS
     reasons = [reason for *_, reason in convert(f"{MODELS}:dropout", "--train").verdicts()]
