@@ -32,7 +32,7 @@ class Rewriter:
 
         %summary = nsa.channels(%q, %k, %valid, r, dense_len)
         %candidates = nsa.select_blocks(%q, %k, %summary, %valid, ...)
-        %blocks = nsa.refine_blocks(%q, %k, %candidates, %valid, ...)  # where config.candidates asks
+        %blocks = nsa.refine_blocks(%q, %k, %candidates, %valid, ...)  # if config asks
         %attention = nsa.selected_attention(%q, %k, %v, %blocks, %valid, ...)
         %out = %attention[0]
 

@@ -1,7 +1,7 @@
 """nsa::compress: mean pooling of keys into compressed blocks.
 
-``spare`` appends rows of zeros that belong to no block: torch compiles separately for sizes 0 and 1,
-so a graph that serves many lengths asks for two spare rows. Readers take the first Nc rows.
+``spare`` appends rows of zeros that belong to no block: torch compiles separately for sizes 0 and
+1, so a graph that serves many lengths asks for two spare rows. Readers take the first Nc rows.
 """
 
 from __future__ import annotations

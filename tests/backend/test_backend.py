@@ -214,7 +214,7 @@ def test_an_equal_second_compile_of_the_same_model_has_the_report(x: torch.Tenso
 
 
 def test_report_of_something_never_compiled_says_what_to_pass() -> None:
-    with pytest.raises(TypeError, match="pass what torch.compile returned"):
+    with pytest.raises(TypeError, match=r"pass what torch\.compile returned"):
         nsa_compile.report(Stack(1))
 
 

@@ -13,7 +13,7 @@ def make_record(module: str = "layers.0.attn", **changes: object) -> SiteRecord:
         "spelling": "sdpa", "decision": "converted", "reason": None, "reason_text": None,
         "hint": None, "q_heads": 32, "kv_heads": 8, "head_dim": 128, "value_dim": 128,
         "q_len": 65536, "kv_len": 65536, "mask": "causal", "scale": 0.125, "dtype": "bfloat16",
-        "config": {"scorer": "channels", "num_selected": 64, "dense_len": 8192}, "flops_dense": 35_185_000_000_000,
+        "config": {"num_selected": 64, "dense_len": 8192}, "flops_dense": 35_185_000_000_000,
         "flops_sparse": 8_650_000_000_000, "compile_id": "0/0",
     }  # fmt: skip
     return SiteRecord(**{**values, **changes})
