@@ -8,12 +8,13 @@ A run of tiles is a few batched matmuls over the blocks its tiles read::
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.attend.plan import Plan
+from nsa_compile.kernels.attend.plan import Part, Plan
 from nsa_compile.kernels.geometry import Tiling
 
 
@@ -29,18 +30,23 @@ def forward(
     out = queries.new_empty(*queries.shape[:2], v.shape[3])
     lse = queries.new_empty(*queries.shape[:2], 1)
     lowest = torch.finfo(plan.dtype).min
-    for at, parts in plan.runs():
-        scores = [part.scores(queries[at], keys) for part in parts]
-        # Finite also where a query sees nothing: exp(-inf - top) is 0 there, and so is the total.
-        top = reduce(torch.maximum, [s.amax(dim=-1, keepdim=True) for s in scores]).clamp_(lowest)
-        weights = [s.sub_(top).exp_() for s in scores]
-        total = reduce(torch.add, [w.sum(dim=-1, keepdim=True) for w in weights])
-        here = torch.bmm(weights[0], parts[0].read(values), out=out[at])
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            here.baddbmm_(weight, part.read(values))
-        torch.add(top, total.log(), out=lse[at])
-        # The largest logit weighs 1, so a total below 1 is one of nothing.
-        here.div_(total.clamp_(min=1.0))
+
+    def attend(runs: Iterator[tuple[slice, list[Part]]]) -> None:
+        for at, parts in runs:
+            scores = [part.scores(queries[at], keys) for part in parts]
+            top = reduce(torch.maximum, [s.amax(dim=-1, keepdim=True) for s in scores])
+            # Finite also where a query sees nothing: exp(-inf - top) and the total are 0 there.
+            top.clamp_(lowest)
+            weights = [s.sub_(top).exp_() for s in scores]
+            total = reduce(torch.add, [w.sum(dim=-1, keepdim=True) for w in weights])
+            here = torch.bmm(weights[0], parts[0].read(values), out=out[at])
+            for part, weight in zip(parts[1:], weights[1:], strict=True):
+                here.baddbmm_(weight, part.read(values))
+            torch.add(top, total.log(), out=lse[at])
+            # The largest logit weighs 1, so a total below 1 is one of nothing.
+            here.div_(total.clamp_(min=1.0))
+
+    plan.share(attend)
     return plan.untile(out).to(q.dtype), plan.untile(lse).squeeze(-1)
 
 
@@ -62,14 +68,17 @@ def backward(
     # A query without keys has lse -inf; its logits are -inf too and must give exp(-inf - 0) = 0.
     shift.masked_fill_(shift == -torch.inf, 0.0)
     dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for at, parts in plan.runs():
-        for part in parts:
-            weights = part.scores(queries[at], keys).sub_(shift[at]).exp_()
-            part.scatter_add(dv, torch.bmm(weights.transpose(1, 2), grads[at]))
-            dscores = torch.bmm(grads[at], part.read(values).transpose(1, 2))
-            dscores.sub_(delta[at]).mul_(weights)
-            dq[at].baddbmm_(dscores, part.read(keys))
-            part.scatter_add(dk, torch.bmm(dscores.transpose(1, 2), queries[at]))
+
+    def attend(runs: Iterator[tuple[slice, list[Part]]]) -> None:
+        for at, parts in runs:
+            for part in parts:
+                weights = part.scores(queries[at], keys).sub_(shift[at]).exp_()
+                part.scatter_add(dv, weights, grads[at])
+                dscores = part.product("dscores", grads[at], values).sub_(delta[at]).mul_(weights)
+                dq[at].baddbmm_(dscores, part.read(keys))
+                part.scatter_add(dk, dscores, queries[at])
+
+    plan.share(attend)
     return (
         plan.untile(dq.mul_(scale)).to(q.dtype),
         plan.unblock(dk, k.shape).to(k.dtype),

@@ -9,7 +9,8 @@ blocks in every tile (the local window), which is read in place as one overlappi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.precision import accumulator
 from nsa_compile.kernels.visibility import sees
+from nsa_compile.kernels.workers import share_pairs
 
-# Logits of one run for each thread, in elements: 1 MB of float32, half of an L2 cache.
+# Logits of one run for each thread, in elements: 2 MB of float32, an L2 cache.
 _LOGITS = 1 << 19
 # Shortest stretch worth a matmul of its own.
 _LEAST_STRETCH = 3
@@ -42,11 +44,6 @@ class Plan:
         self.index = index.flatten(0, 2)
         pairs = torch.arange(self.batch * self.kv_heads).repeat_interleave(tiling.tiles)
         self.table_rows = self.index.clamp(min=0) + (pairs * tiling.blocks)[:, None]
-        self.step = self._tiles_of_a_run()
-        self._used = self._in_runs(self.index >= 0)
-        self._partial = self._in_runs(~self.whole)
-        self._jumps = self._in_runs(self.table_rows.diff(dim=1) != 1)
-        self._last = self.table_rows[:, -1].tolist()
 
     def tiles(self, x: Tensor) -> Tensor:
         """[B, Hq, Tq, X] -> a fresh [B * Hkv * NT, G * R, X] in the accumulating dtype."""
@@ -71,6 +68,17 @@ class Plan:
         rows = x.view(shape).movedim(3, 2).flatten(3, 4)[:, :, :, : tiling.q_len]
         return rows.flatten(1, 2).contiguous()
 
+    def without_padding(self, x: Tensor, at: slice) -> Tensor:
+        """[tiles, G * R, X] of a run, in place: rows that complete a last tile become 0."""
+        tiling = self.tiling
+        short = -tiling.q_len % tiling.query_tile
+        if short:
+            tile = torch.arange(at.start, at.stop) % tiling.tiles
+            (last,) = (tile == tiling.tiles - 1).nonzero(as_tuple=True)
+            rows = x.view(len(x), self.group, tiling.query_tile, x.shape[2])
+            rows[last, :, tiling.query_tile - short :] = 0.0
+        return x
+
     def blocks(self, x: Tensor) -> Tensor:
         """[B, Hkv, Tk, X] -> [B * Hkv * Ns, L * X] in the accumulating dtype, zeros at the end."""
         x = x.to(self.dtype)
@@ -86,49 +94,33 @@ class Plan:
         """Inverse of ``blocks``, contiguous."""
         return table.view(*shape[:2], -1, shape[3])[:, :, : shape[2]].contiguous()
 
-    def runs(self) -> Iterator[tuple[slice, list[Part]]]:
+    def share(self, work: Callable[[Iterator[tuple[slice, list[Part]]]], None]) -> None:
+        """Call ``work`` on the runs of some (batch, kv head) pairs, until all are done."""
+        rows = self.group * self.tiling.query_tile
+        logits = self.index.numel() * self.tiling.block * rows
+        share_pairs(self.batch * self.kv_heads, logits, lambda pairs: work(self._runs(pairs)))
+
+    def _runs(self, pairs: slice) -> Iterator[tuple[slice, list[Part]]]:
         """Consecutive tiles whose logits fit the workspace, and the parts of what they read."""
-        for run, first in enumerate(range(0, len(self.index), self.step)):
-            at = slice(first, min(first + self.step, len(self.index)))
+        start, stop = pairs.start * self.tiling.tiles, pairs.stop * self.tiling.tiles
+        step = self._tiles_of_a_run()
+        flags = _Flags(self, slice(start, stop), step)
+        workspace = Workspace(self.dtype)
+        for run, first in enumerate(range(start, stop, step)):
+            at = slice(first, min(first + step, stop))
             yield (
                 at,
                 [
-                    Part(self, at, slots, step, self._masked(run, slots))
-                    for slots, step in self._split(run, at)
+                    Part(self, workspace, at, slots, stride, flags.masked(run, slots))
+                    for slots, stride in flags.split(run)
                 ],
             )
-
-    def _split(self, run: int, at: slice) -> list[tuple[slice, int | None]]:
-        """Slots to gather, then the stretch to read in place with its step from tile to tile."""
-        slots = len(self._used[run])
-        if not self._used[run][-1]:
-            used = [slot for slot, any_tile in enumerate(self._used[run]) if any_tile]
-            return [(slice(0, used[-1] + 1 if used else 1), None)]
-        start = slots - 1
-        while start > 0 and not self._jumps[run][start - 1]:
-            start -= 1
-        last = self._last[at]
-        steps = {later - earlier for earlier, later in itertools.pairwise(last)} or {0}
-        if slots - start < _LEAST_STRETCH or len(steps) > 1:
-            return [(slice(0, slots), None)]
-        stretch = (slice(start, slots), steps.pop())
-        return [(slice(0, start), None), stretch] if start else [stretch]
-
-    def _masked(self, run: int, slots: slice) -> slice:
-        """The slots among ``slots`` that the mask cuts, counted from the first of them."""
-        partial = [n for n, cut in enumerate(self._partial[run][slots]) if cut]
-        return slice(partial[0], partial[-1] + 1) if partial else slice(0, 0)
 
     def _tiles_of_a_run(self) -> int:
         keys = self.index.shape[1] * self.tiling.block
         # Small tiles count as 64 queries: there the gathered keys fill the cache, not the logits.
         logits = keys * max(64, self.group * self.tiling.query_tile)
         return max(1, _LOGITS * torch.get_num_threads() // logits)
-
-    def _in_runs(self, flags: Tensor) -> list[list[bool]]:
-        """[tiles, slots] -> for each run, which slots have the flag in any of its tiles."""
-        flags = torch.nn.functional.pad(flags, (0, 0, 0, -len(flags) % self.step))
-        return flags.unflatten(0, (-1, self.step)).any(dim=1).tolist()
 
     def _whole(self, index: Tensor) -> Tensor:
         """bool [B, Hkv, NT, n]: every query of the tile sees every key of the block."""
@@ -149,6 +141,62 @@ class Plan:
         return self.tiling.blocks * self.tiling.block - self.tiling.kv_len
 
 
+class _Flags:
+    """What the slots of each run of some tiles need, found for all runs at once."""
+
+    def __init__(self, plan: Plan, tiles: slice, step: int) -> None:
+        index, rows = plan.index[tiles], plan.table_rows[tiles]
+        self.step = step
+        self._used = self._in_runs(index >= 0)
+        self._partial = self._in_runs(~plan.whole[tiles])
+        self._jumps = self._in_runs(rows.diff(dim=1) != 1)
+        self._last = rows[:, -1].tolist()
+
+    def split(self, run: int) -> list[tuple[slice, int | None]]:
+        """Slots to gather, then the stretch to read in place with its step from tile to tile.
+
+        Slots at the end that all tiles leave empty are left out.
+        """
+        slots = len(self._used[run])
+        if not self._used[run][-1]:
+            used = [slot for slot, any_tile in enumerate(self._used[run]) if any_tile]
+            return [(slice(0, used[-1] + 1 if used else 1), None)]
+        start = slots - 1
+        while start > 0 and not self._jumps[run][start - 1]:
+            start -= 1
+        last = self._last[run * self.step : (run + 1) * self.step]
+        steps = {later - earlier for earlier, later in itertools.pairwise(last)} or {0}
+        if slots - start < _LEAST_STRETCH or len(steps) > 1:
+            return [(slice(0, slots), None)]
+        stretch = (slice(start, slots), steps.pop())
+        return [(slice(0, start), None), stretch] if start else [stretch]
+
+    def masked(self, run: int, slots: slice) -> slice:
+        """The slots among ``slots`` that the mask cuts, counted from the first of them."""
+        partial = [n for n, cut in enumerate(self._partial[run][slots]) if cut]
+        return slice(partial[0], partial[-1] + 1) if partial else slice(0, 0)
+
+    def _in_runs(self, flags: Tensor) -> list[list[bool]]:
+        """[tiles, slots] -> for each run, which slots have the flag in any of its tiles."""
+        flags = torch.nn.functional.pad(flags, (0, 0, 0, -len(flags) % self.step))
+        return flags.unflatten(0, (-1, self.step)).any(dim=1).tolist()
+
+
+class Workspace:
+    """Memory that every run uses again: fresh pages cost more than what is computed in them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Uninitialised [shape], the same memory for the same name."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=self.dtype)
+        return self._buffers[name][:size].view(shape)
+
+
 class Part:
     """Some slots of a run: gathered blocks, or (with ``step``) blocks read in place.
 
@@ -157,30 +205,45 @@ class Part:
     """
 
     def __init__(
-        self, plan: Plan, at: slice, slots: slice, step: int | None, masked: slice
-    ) -> None:
-        self.plan, self.at, self.slots, self.step, self.masked = plan, at, slots, step, masked
+        self, plan: Plan, workspace: Workspace, at: slice, slots: slice, step: int | None,
+        masked: slice,
+    ) -> None:  # fmt: skip
+        self.plan, self.workspace, self.at = plan, workspace, at
+        self.slots, self.step, self.masked = slots, step, masked
         self.rows = plan.table_rows[at, slots].flatten()
         self.first = int(self.rows[0])
         self.keys = (slots.stop - slots.start) * plan.tiling.block
 
     def read(self, table: Tensor) -> Tensor:
-        """[tiles, keys, X]: the tiles' blocks of a block table."""
+        """[tiles, keys, X]: the tiles' blocks of a block table, until another part is read."""
         block, count = self.plan.tiling.block, self.at.stop - self.at.start
         if self.step is None:
-            return table.index_select(0, self.rows).view(count, self.keys, -1)
+            gathered = self.workspace.take("gathered", len(self.rows), table.shape[1])
+            torch.index_select(table, 0, self.rows, out=gathered)
+            return gathered.view(count, self.keys, -1)
         width = table.shape[1] // block
         first = self.first * table.shape[1]
         strides = (self.step * table.shape[1], width, 1)
         return table.as_strided((count, self.keys, width), strides, first)
 
-    def scatter_add(self, table: Tensor, values: Tensor) -> None:
-        """Add to what ``read`` would have read; blocks that several tiles read sum up."""
+    def scatter_add(self, table: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add ``left^T right`` [tiles, keys, X] to what ``read`` would have read.
+
+        Blocks that several tiles read sum up.
+        """
+        values = self.workspace.take("scattered", len(left), self.keys, right.shape[2])
+        torch.bmm(left.transpose(1, 2), right, out=values)
         table.index_add_(0, self.rows, values.view(len(self.rows), -1))
+
+    def product(self, name: str, rows: Tensor, table: Tensor) -> Tensor:
+        """[tiles, G * R, keys]: rows of tiles times the blocks of a table, in the workspace."""
+        shape = (*rows.shape[:2], self.keys)
+        out = self.workspace.take(f"{name} {self.slots.start}", *shape)
+        return torch.bmm(rows, self.read(table).transpose(1, 2), out=out)
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """[tiles, G * R, keys]: masked logits of tiles of queries against a table of keys."""
-        scores = torch.bmm(queries, self.read(keys).transpose(1, 2))
+        scores = self.product("scores", queries, keys)
         if self.masked.stop:
             self._hide(scores)
         return scores

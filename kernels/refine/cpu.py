@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.attend.plan import Plan
+from nsa_compile.kernels.attend.plan import Part, Plan
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.refine.ranking import best_candidates, forced_candidates
 
@@ -24,12 +26,16 @@ def refine_blocks(
     plan = Plan(q, k, free, valid, tiling)
     queries, keys = plan.tiles(q).mul_(scale), plan.blocks(k)
     shares = queries.new_zeros(len(queries), free.shape[3])
-    for at, parts in plan.runs():
-        logits = [part.scores(queries[at], keys) for part in parts]
-        best = torch.cat([x.unflatten(2, (-1, block)).amax(dim=3) for x in logits], dim=2)
-        # A query that sees none of them gives NaN, and has no say.
-        weight = torch.softmax(best, dim=2).nan_to_num_(0.0)
-        shares[at, : weight.shape[2]] = plan.without_padding(weight, at).amax(dim=1)
+
+    def weigh(runs: Iterator[tuple[slice, list[Part]]]) -> None:
+        for at, parts in runs:
+            logits = [part.scores(queries[at], keys) for part in parts]
+            best = torch.cat([x.unflatten(2, (-1, block)).amax(dim=3) for x in logits], dim=2)
+            # A query that sees none of them gives NaN, and has no say.
+            weight = torch.softmax(best, dim=2).nan_to_num_(0.0)
+            shares[at, : weight.shape[2]] = plan.without_padding(weight, at).amax(dim=1)
+
+    plan.share(weigh)
     shares = shares.view(*free.shape)
     scores = shares.new_zeros(candidates.shape).scatter_(3, order, shares)
     return best_candidates(candidates, forced, scores, num_selected)

@@ -6,12 +6,15 @@ pieces of logits that stay in cache; of a piece only the block maxima are kept.
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from torch import Tensor
+
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.precision import accumulator
 from nsa_compile.kernels.visibility import holds_valid_key, sees
-from torch import Tensor
 
 # Logits held at once for each thread, in elements: 1 MB of float32, half of an L2 cache. Pieces of
 # four times that take a third longer.
@@ -75,6 +78,13 @@ class ChannelScorer:
         self.group = group
         self._logits = torch.empty(0, dtype=wide)
         self._hidden: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, pairs: slice) -> ChannelScorer:
+        """The same for some pairs, with buffers of its own."""
+        part = copy.copy(self)
+        part.rows, part.keys = self.rows[pairs], self.keys[pairs]
+        part._logits, part._hidden = self._logits.new_empty(0), {}
+        return part
 
     def run_of_tiles(self) -> int:
         """Tiles to score together."""
@@ -159,6 +169,12 @@ class MeanScorer:
             keys = _with_bias(keys, holds_valid_key(valid, compress_block, compress_stride))
         self.rows, self.keys = rows.flatten(0, 1), keys.flatten(0, 1)
         self.last = torch.arange(summary.shape[2]) * compress_stride + compress_block - 1
+
+    def of(self, pairs: slice) -> MeanScorer:
+        """The same for some pairs."""
+        part = copy.copy(self)
+        part.rows, part.keys = self.rows[pairs], self.keys[pairs]
+        return part
 
     def run_of_tiles(self) -> int:
         """Tiles to score together."""

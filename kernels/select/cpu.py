@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.score.cpu import ChannelScorer, MeanScorer
 from nsa_compile.kernels.visibility import visible_blocks
-from torch import Tensor
+from nsa_compile.kernels.workers import share_pairs
 
 
 def select_blocks(
@@ -21,21 +23,30 @@ def select_blocks(
         scoring = ChannelScorer(q, k, summary, valid, scale, tiling)
     else:
         scoring = MeanScorer(q, k, summary, valid, scale, tiling, compress_block, compress_stride)
-    shape = (*k.shape[:2], tiling.tiles, num_selected)
-    chosen = torch.empty(shape, dtype=torch.int32)
+    batch, kv_heads = k.shape[:2]
+    chosen = torch.empty((batch * kv_heads, tiling.tiles, num_selected), dtype=torch.int32)
+    # A budget that holds every block leaves the scores nothing to decide.
+    decides = tiling.blocks > num_selected
     step = scoring.run_of_tiles()
-    for first in range(0, tiling.tiles, step):
-        tiles = range(first, min(first + step, tiling.tiles))
-        visible = visible_blocks(tiling, tiles, valid)[:, None]
-        forced = _forced_blocks(tiling, tiles, init_blocks, local_window)
-        if tiling.blocks > num_selected:
-            scores = scoring.scores(tiles.start, tiles.stop).unflatten(0, k.shape[:2])
-        else:
-            # The budget holds every block, so the scores decide nothing.
-            scores = torch.zeros(*k.shape[:2], len(tiles), tiling.blocks)
-        scores = scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
-        chosen[:, :, tiles.start : tiles.stop] = best_blocks(scores, num_selected)
-    return chosen
+
+    def choose(pairs: slice) -> None:
+        mine = scoring.of(pairs)
+        entries = torch.arange(pairs.start, pairs.stop) // kv_heads
+        for first in range(0, tiling.tiles, step):
+            tiles = range(first, min(first + step, tiling.tiles))
+            visible = visible_blocks(tiling, tiles, valid)
+            if len(visible) > 1:
+                visible = visible[entries]
+            forced = _forced_blocks(tiling, tiles, init_blocks, local_window)
+            if decides:
+                scores = mine.scores(tiles.start, tiles.stop)
+            else:
+                scores = torch.zeros(len(entries), len(tiles), tiling.blocks)
+            scores = scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
+            chosen[pairs, tiles.start : tiles.stop] = best_blocks(scores, num_selected)
+
+    share_pairs(batch * kv_heads, q.shape[1] * batch * q.shape[2] * k.shape[2], choose)
+    return chosen.unflatten(0, (batch, kv_heads))
 
 
 def _forced_blocks(tiling: Tiling, tiles: range, init_blocks: int, local_window: int) -> Tensor:
