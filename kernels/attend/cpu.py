@@ -55,7 +55,7 @@ def backward(
     lse: Tensor, block_indices: Tensor, valid: Tensor | None, scale: float, causal: bool,
     offset: int, window: int | None, query_tile: int, block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv), contiguous, in the dtypes of q, k and v."""
+    """(dq, dk, dv) in the dtypes of q, k and v."""
     tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
     plan = Plan(q, k, block_indices, valid, tiling)
     queries = plan.tiles(q).mul_(scale)

@@ -62,11 +62,11 @@ class Plan:
         return out.view(-1, self.group * tile, width)
 
     def untile(self, x: Tensor) -> Tensor:
-        """Inverse of ``tiles``, contiguous."""
+        """Inverse of ``tiles``; in memory [B, Tq, Hq, X]."""
         tiling = self.tiling
         shape = (self.batch, self.kv_heads, tiling.tiles, self.group, tiling.query_tile, x.shape[2])
-        rows = x.view(shape).movedim(3, 2).flatten(3, 4)[:, :, :, : tiling.q_len]
-        return rows.flatten(1, 2).contiguous()
+        by_query = x.view(shape).permute(0, 2, 4, 1, 3, 5)
+        return by_query.flatten(3, 4).flatten(1, 2)[:, : tiling.q_len].transpose(1, 2)
 
     def without_padding(self, x: Tensor, at: slice) -> Tensor:
         """[tiles, G * R, X] of a run, in place: rows that complete a last tile become 0."""
@@ -91,8 +91,9 @@ class Plan:
         return x.reshape(-1, self.tiling.block * x.shape[3])
 
     def unblock(self, table: Tensor, shape: torch.Size) -> Tensor:
-        """Inverse of ``blocks``, contiguous."""
-        return table.view(*shape[:2], -1, shape[3])[:, :, : shape[2]].contiguous()
+        """Inverse of ``blocks``; in memory [B, Tk, Hkv, X]."""
+        by_key = table.view(*shape[:2], -1, shape[3]).transpose(1, 2)
+        return by_key[:, : shape[2]].contiguous().transpose(1, 2)
 
     def share(self, work: Callable[[Iterator[tuple[slice, list[Part]]]], None]) -> None:
         """Call ``work`` on the runs of some (batch, kv head) pairs, until all are done."""
