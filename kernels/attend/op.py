@@ -13,6 +13,7 @@ from nsa_compile.kernels import geometry
 from nsa_compile.kernels.attend import cpu, dense
 from nsa_compile.kernels.autograd import once_differentiable
 from nsa_compile.kernels.launchers import launchers
+from nsa_compile.kernels.layout import empty_token_major, token_major
 from nsa_compile.kernels.precision import accumulator
 
 _MASK = "float scale, bool causal, SymInt offset, int? window, int query_tile, int block"
@@ -34,7 +35,7 @@ def _fake(
     causal: bool, offset: int, window: int | None, query_tile: int, block: int, dense_len: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, heads, q_len, _ = q.shape
-    out = q.new_empty((batch, heads, q_len, v.shape[3]))
+    out = empty_token_major(q, batch, heads, q_len, v.shape[3])
     return out, q.new_empty((batch, heads, q_len), dtype=accumulator(q.dtype))
 
 
@@ -42,7 +43,8 @@ def _fake(
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (empty_token_major(x, *x.shape) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _forward(implementation: Any) -> Any:
@@ -59,7 +61,7 @@ def _forward(implementation: Any) -> Any:
             out, lse = implementation().forward(
                 q, k, v, blocks, valid, scale, causal, offset, window, query_tile, block
             )
-        return out.contiguous(), lse.contiguous()
+        return token_major(out), lse.contiguous()
 
     return kernel
 
@@ -83,7 +85,7 @@ def _backward(implementation: Any) -> Any:
                 window, query_tile, block,
             )  # fmt: skip
         dq, dk, dv = grads
-        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+        return token_major(dq), token_major(dk), token_major(dv)
 
     return kernel
 

@@ -21,7 +21,7 @@ from nsa_compile.kernels.visibility import sees
 from nsa_compile.kernels.workers import share_pairs
 
 # Logits of one run for each thread, in elements: 2 MB of float32, an L2 cache.
-_LOGITS = 1 << 19
+_LOGITS = 1 << 17
 # Shortest stretch worth a matmul of its own.
 _LEAST_STRETCH = 3
 

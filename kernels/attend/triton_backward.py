@@ -28,6 +28,7 @@ from nsa_compile.kernels.attend.triton_rows import (
     warps_for,
     whole_steps,
 )
+from nsa_compile.kernels.layout import empty_token_major
 from nsa_compile.kernels.triton_site import LOG2_E, dense_rows, mask_pointer, mask_strides, visible
 
 # Rows of queries that one key-side program reads at most: long enough that a block's two products
@@ -300,8 +301,8 @@ def backward(
     valid: torch.Tensor | None, scale: float, causal: bool, offset: int, window: int | None,
     query_tile: int, block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dq, dk, dv), contiguous, in the dtypes of q, k and v."""
-    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    """(dq, dk, dv), token-major, in the dtypes of q, k and v."""
+    gradients = tuple(empty_token_major(x, *x.shape) for x in (q, k, v))
     q, k, v, out, grad_out = (dense_rows(x) for x in (q, k, v, out, grad_out))
     lse = lse.contiguous()
     if q.numel() == 0 or k.shape[2] == 0:

@@ -28,6 +28,7 @@ from nsa_compile.kernels.attend.triton_rows import (
     warps_for,
     whole_steps,
 )
+from nsa_compile.kernels.layout import empty_token_major
 from nsa_compile.kernels.triton_site import LOG2_E, dense_rows, mask_pointer, mask_strides, visible
 
 __all__ = ["backward", "forward"]
@@ -73,11 +74,11 @@ def _forward_steps(
 @triton.jit
 def _forward(
     q, k, v, ids, counts, valid, out, lse, scale, tiles, kv_heads, q_len, kv_len, offset, window,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, valid_batch, valid_row,
-    G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    CHUNKS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
+    valid_batch, valid_row, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
+    BN: tl.constexpr, CHUNKS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     entry, batch, kv_head, tile, chunk = program(tiles, kv_heads, CHUNKS)
     row = chunk * M + tl.arange(0, M)
@@ -118,7 +119,8 @@ def _forward(
         alive, (top + tl.log2(tl.where(alive, total, 1.0))) * 0.6931471805599453, float("-inf")
     )
     place = (batch * kv_heads * G + head) * q_len + query
-    store_rows(out, place * DV, 1, mine, acc, DV, DVP)
+    o_rows = head.to(tl.int64) * o_head + query.to(tl.int64) * o_row
+    store_rows(out + batch * o_batch, o_rows, 1, mine, acc, DV, DVP)
     tl.store(lse + place, log_sum, mask=mine)
 
 
@@ -127,11 +129,11 @@ def forward(
     valid: torch.Tensor | None, scale: float, causal: bool, offset: int, window: int | None,
     query_tile: int, block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out [B, Hq, Tq, Dv] in q's dtype and lse [B, Hq, Tq] in float32, both contiguous."""
+    """out [B, Hq, Tq, Dv] in q's dtype, token-major, and lse [B, Hq, Tq] in float32."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, value_dim = k.shape[1], v.shape[3]
-    out = q.new_empty(batch, q_heads, q_len, value_dim)
+    out = empty_token_major(q, batch, q_heads, q_len, value_dim)
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
@@ -145,10 +147,10 @@ def forward(
     _forward[(chunks * tiles * kv_heads * batch,)](
         q, k, v, ids, counts, mask_pointer(valid, q), out, lse, abs(scale) * LOG2_E, tiles,
         kv_heads, q_len, k.shape[2], offset, window or 0, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *mask_strides(valid), G=q_heads // kv_heads, N=ids.shape[3], R=query_tile,
-        L=block, D=head_dim, DV=value_dim, DP=padded_dim(head_dim), DVP=padded_dim(value_dim),
-        M=rows, BN=launch.keys, CHUNKS=chunks, CAUSAL=causal, WINDOWED=window is not None,
-        PADDED=valid is not None, NEGATIVE=scale < 0, num_warps=warps_for(launch, rows),
-        num_stages=launch.stages, maxnreg=launch.registers,
+        *v.stride()[:3], *out.stride()[:3], *mask_strides(valid), G=q_heads // kv_heads,
+        N=ids.shape[3], R=query_tile, L=block, D=head_dim, DV=value_dim, DP=padded_dim(head_dim),
+        DVP=padded_dim(value_dim), M=rows, BN=launch.keys, CHUNKS=chunks, CAUSAL=causal,
+        WINDOWED=window is not None, PADDED=valid is not None, NEGATIVE=scale < 0,
+        num_warps=warps_for(launch, rows), num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return out, lse
