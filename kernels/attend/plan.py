@@ -21,7 +21,7 @@ from nsa_compile.kernels.visibility import sees
 from nsa_compile.kernels.workers import share_pairs
 
 # Logits of one run for each thread, in elements: 2 MB of float32, an L2 cache.
-_LOGITS = 1 << 17
+_LOGITS = 1 << 18
 # Shortest stretch worth a matmul of its own.
 _LEAST_STRETCH = 3
 
@@ -167,7 +167,7 @@ class _Flags:
             start -= 1
         last = self._last[run * self.step : (run + 1) * self.step]
         steps = {later - earlier for earlier, later in itertools.pairwise(last)} or {0}
-        if slots - start < _LEAST_STRETCH or len(steps) > 1:
+        if slots - start < _LEAST_STRETCH or len(steps) > 1 or min(steps) < 0:
             return [(slice(0, slots), None)]
         stretch = (slice(start, slots), steps.pop())
         return [(slice(0, start), None), stretch] if start else [stretch]

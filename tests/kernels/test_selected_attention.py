@@ -134,6 +134,21 @@ def test_local_stretch_is_read_in_place(name: str, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(got, gradients(*expected, inputs, with_lse=True))
 
 
+@pytest.mark.parametrize("direction", [1, 0, -1])
+def test_stretches_that_move_either_way(direction: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(q_len=96, causal=False, num_selected=4)
+    inputs = site.tensors(requires_grad=True)
+    first = torch.tensor([[0], [1]]) if direction >= 0 else torch.tensor([[1], [0]])
+    start = (first * abs(direction)).repeat(3, 1)
+    blocks = (start + torch.arange(4)).to(torch.int32).expand(site.batch, site.kv_heads, -1, -1)
+    monkeypatch.setattr(plan.Plan, "_tiles_of_a_run", lambda self: 2)
+    out, lse = attend(site, *inputs, blocks)
+    got = gradients(out, lse, inputs, with_lse=True)
+    expected = expected_of(site, *inputs, blocks)
+    torch.testing.assert_close((out, lse), expected)
+    torch.testing.assert_close(got, gradients(*expected, inputs, with_lse=True))
+
+
 def test_unordered_repeated_and_missing_blocks() -> None:
     """A block named twice counts once, in any order; -1 and blocks past the end count never."""
     site = Site(q_len=100)
