@@ -65,7 +65,7 @@ def _transformers() -> Any:
     except ImportError as error:
         raise TargetError(
             "a Hugging Face target needs transformers, which cannot be imported "
-            f"({describe(error)}); install it with: pip install 'nsa-compile[hf]'"
+            f"({describe(error)}); install it with: pip install 'transformers>=5.0'"
         ) from error
     return transformers
 

@@ -108,4 +108,4 @@ def test_without_transformers_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "transformers", None)
     outcome = convert(write(tmp_path))
     assert outcome.status == 2
-    assert "pip install 'nsa-compile[hf]'" in outcome.err
+    assert "pip install 'transformers>=5.0'" in outcome.err
