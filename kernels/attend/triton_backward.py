@@ -23,9 +23,7 @@ from nsa_compile.kernels.attend.triton_rows import (
     order_blocks,
     padded_dim,
     program,
-    program_rows,
     store_rows,
-    warps_for,
     whole_steps,
 )
 from nsa_compile.kernels.layout import empty_token_major
@@ -323,9 +321,8 @@ def _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, valid, dq, del
     ids, counts = ordered
     batch, q_heads, q_len, head_dim = q.shape
     group = q_heads // k.shape[1]
-    launch = launch_for("query", q, v, query_tile, block)
-    rows = program_rows(launch.rows, group, query_tile)
-    chunks = triton.cdiv(group * query_tile, rows)
+    launch = launch_for("query", q, v, group, query_tile, block)
+    chunks = triton.cdiv(group * query_tile, launch.rows)
     grad_lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
     _query_gradient[(chunks * ids.shape[2] * k.shape[1] * batch,)](
         q, k, v, out, grad_out, lse, lse if grad_lse is None else grad_lse, ids, counts,
@@ -333,10 +330,10 @@ def _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, valid, dq, del
         q_len, k.shape[2], offset, window or 0, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *out.stride()[:3], *grad_out.stride()[:3], *grad_lse_strides, *dq.stride()[:3],
         *mask_strides(valid), G=group, N=ids.shape[3], R=query_tile, L=block, D=head_dim,
-        DV=v.shape[3], DP=padded_dim(head_dim), DVP=padded_dim(v.shape[3]), M=rows, BN=launch.keys,
-        CHUNKS=chunks, CAUSAL=causal, WINDOWED=window is not None, PADDED=valid is not None,
-        NEGATIVE=scale < 0, LSE_GRADIENT=grad_lse is not None, num_warps=warps_for(launch, rows),
-        num_stages=launch.stages, maxnreg=launch.registers,
+        DV=v.shape[3], DP=padded_dim(head_dim), DVP=padded_dim(v.shape[3]), M=launch.rows,
+        BN=launch.keys, CHUNKS=chunks, CAUSAL=causal, WINDOWED=window is not None,
+        PADDED=valid is not None, NEGATIVE=scale < 0, LSE_GRADIENT=grad_lse is not None,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
 
 
@@ -349,7 +346,7 @@ def _launch_key(grad_out, q, k, v, lse, ids, valid, dk, dv, delta, geometry):
     # A list of c > piece readers takes ceil(c / piece) slots, fewer than 2 c / piece.
     slots = 0 if tiles <= piece else 2 * tiles * ids.shape[3] // piece
     readers, starts, slot_first, slot_block = _invert(ids, blocks, piece, slots)
-    launch = launch_for("key", q, v, query_tile, block)
+    launch = launch_for("key", q, v, group, query_tile, block)
     keys = min(launch.keys, max(16, triton.next_power_of_2(block)))
     dk_part = q.new_empty(pairs * slots * block * head_dim, dtype=torch.float32)
     dv_part = q.new_empty(pairs * slots * block * value_dim, dtype=torch.float32)

@@ -23,9 +23,7 @@ from nsa_compile.kernels.attend.triton_rows import (
     order_blocks,
     padded_dim,
     program,
-    program_rows,
     store_rows,
-    warps_for,
     whole_steps,
 )
 from nsa_compile.kernels.layout import empty_token_major
@@ -140,17 +138,16 @@ def forward(
     ids, counts = order_blocks(
         block_indices, valid, q_len, k.shape[2], causal, offset, window, query_tile, block
     )
-    launch = launch_for("forward", q, v, query_tile, block)
+    launch = launch_for("forward", q, v, q_heads // kv_heads, query_tile, block)
     tiles = block_indices.shape[2]
-    rows = program_rows(launch.rows, q_heads // kv_heads, query_tile)
-    chunks = triton.cdiv(q_heads // kv_heads * query_tile, rows)
+    chunks = triton.cdiv(q_heads // kv_heads * query_tile, launch.rows)
     _forward[(chunks * tiles * kv_heads * batch,)](
         q, k, v, ids, counts, mask_pointer(valid, q), out, lse, abs(scale) * LOG2_E, tiles,
         kv_heads, q_len, k.shape[2], offset, window or 0, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *out.stride()[:3], *mask_strides(valid), G=q_heads // kv_heads,
         N=ids.shape[3], R=query_tile, L=block, D=head_dim, DV=value_dim, DP=padded_dim(head_dim),
-        DVP=padded_dim(value_dim), M=rows, BN=launch.keys, CHUNKS=chunks, CAUSAL=causal,
+        DVP=padded_dim(value_dim), M=launch.rows, BN=launch.keys, CHUNKS=chunks, CAUSAL=causal,
         WINDOWED=window is not None, PADDED=valid is not None, NEGATIVE=scale < 0,
-        num_warps=warps_for(launch, rows), num_stages=launch.stages, maxnreg=launch.registers,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return out, lse
