@@ -168,7 +168,8 @@ def replayed(call: Callable[[], object], settings: Settings) -> Callable[[], obj
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    replay: Callable[[], object] = graph.replay
+    return replay
 
 
 @contextmanager
