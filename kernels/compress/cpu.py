@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.precision import accumulator
-from torch import Tensor
 
 
 def compress(x: Tensor, valid: Tensor | None, block: int, stride: int) -> Tensor:
