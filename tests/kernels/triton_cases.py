@@ -72,7 +72,8 @@ def poisoned() -> Iterator[None]:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    difference = (got.double().cpu() - expected).norm()
+    expected = expected.detach()
+    difference = (got.detach().double().cpu() - expected).norm()
     return float(difference / expected.norm().clamp(min=1e-30))
 
 
