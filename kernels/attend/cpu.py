@@ -1,21 +1,23 @@
 """Attention over selected blocks in plain PyTorch, forward and backward, memory linear in T.
 
-A run of tiles is a few batched matmuls over the blocks its tiles read::
+Forward: a run of tiles is a batch for PyTorch's flash attention, one call for each part of what the
+tiles read; two parts meet by their log-sum-exp. Backward, with D = sum(dO * O) - dlse::
 
-    S = scale * Q K_sel^T,  P = exp(S - max),  lse = max + log(sum P),  O = P V_sel / sum P
-    dV_sel = P^T dO,  dS = P * (dO V_sel^T - (sum(dO * O) - dlse)),  dQ = dS K_sel,  dK_sel = dS^T Q
+    P = exp(scale * Q K^T - lse),  dV = P^T dO,  dS = P * (dO V^T - D)
+    dQ = scale * dS K,  dK = scale * dS^T Q
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce
-
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.attend.plan import Part, Plan
+from nsa_compile.kernels.attend.plan import Part, Plan, Run
 from nsa_compile.kernels.geometry import Tiling
+from nsa_compile.kernels.layout import empty_token_major
+from nsa_compile.kernels.precision import accumulator
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def forward(
@@ -24,30 +26,49 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out [B, Hq, Tq, Dv] in q.dtype, lse float32 [B, Hq, Tq])."""
     tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
-    plan = Plan(q, k, block_indices, valid, tiling)
-    queries = plan.tiles(q).mul_(scale)
-    keys, values = plan.blocks(k), plan.blocks(v)
-    out = queries.new_empty(*queries.shape[:2], v.shape[3])
-    lse = queries.new_empty(*queries.shape[:2], 1)
-    lowest = torch.finfo(plan.dtype).min
+    plan = Plan(block_indices, valid, tiling)
+    group = q.shape[1] // k.shape[1]
+    # Flash attention wants D = Dv: the narrower side is filled up with zeros.
+    width = max(q.shape[3], v.shape[3])
+    queries = torch.nn.functional.pad(q, (0, width - q.shape[3])) if q.shape[3] < width else q
+    out = empty_token_major(q, *q.shape[:3], v.shape[3])
+    lse = q.new_empty(*q.shape[:3], 1, dtype=accumulator(q.dtype))
+    for batch, head, pair in plan.pairs():
+        keys = pair.table("keys", k[batch, head], q.dtype, width)
+        values = pair.table("values", v[batch, head], q.dtype, width)
+        mine = (x[batch, head * group : (head + 1) * group] for x in (queries, out, lse))
+        my_queries, my_out, my_lse = mine
+        for run in pair.runs(width):
+            rows = run.of(my_queries).reshape(run.tiles, 1, -1, width)
+            here, here_lse = _attend(run, rows, keys, values, scale, group)
+            shape = (run.tiles, group, run.rows, -1)
+            run.of(my_out).copy_(here.view(shape)[..., : v.shape[3]])
+            run.of(my_lse).copy_(here_lse.view(shape))
+    return out, lse.squeeze(-1)
 
-    def attend(runs: Iterator[tuple[slice, list[Part]]]) -> None:
-        for at, parts in runs:
-            scores = [part.scores(queries[at], keys) for part in parts]
-            top = reduce(torch.maximum, [s.amax(dim=-1, keepdim=True) for s in scores])
-            # Finite also where a query sees nothing: exp(-inf - top) and the total are 0 there.
-            top.clamp_(lowest)
-            weights = [s.sub_(top).exp_() for s in scores]
-            total = reduce(torch.add, [w.sum(dim=-1, keepdim=True) for w in weights])
-            here = torch.bmm(weights[0], parts[0].read(values), out=out[at])
-            for part, weight in zip(parts[1:], weights[1:], strict=True):
-                here.baddbmm_(weight, part.read(values))
-            torch.add(top, total.log(), out=lse[at])
-            # The largest logit weighs 1, so a total below 1 is one of nothing.
-            here.div_(total.clamp_(min=1.0))
 
-    plan.share(attend)
-    return plan.untile(out).to(q.dtype), plan.untile(lse).squeeze(-1)
+def _attend(
+    run: Run, rows: Tensor, keys: Tensor, values: Tensor, scale: float, group: int
+) -> tuple[Tensor, Tensor]:
+    """(out [tiles, 1, G * rows, D], lse [tiles, 1, G * rows]) of a run, its parts merged."""
+    results = [_attend_part(part, rows, keys, values, scale, group) for part in run.parts]
+    if len(results) == 1:
+        return results[0]
+    (out, lse), (other, other_lse) = results
+    total = torch.logaddexp(lse, other_lse)
+    # A query that sees nothing at all has lse -inf, and out 0 in both parts.
+    finite = total.clamp(min=torch.finfo(total.dtype).min)
+    weights = ((x - finite).exp_()[..., None] for x in (lse, other_lse))
+    return out * next(weights) + other * next(weights), total
+
+
+def _attend_part(
+    part: Part, rows: Tensor, keys: Tensor, values: Tensor, scale: float, group: int
+) -> tuple[Tensor, Tensor]:
+    bias, dead = part.bias(group, rows.dtype)
+    k, v = (part.read(n, x)[:, None] for n, x in (("part keys", keys), ("part values", values)))
+    out, lse = _flash(rows, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    return out, lse if dead is None else lse.masked_fill(dead, -torch.inf)
 
 
 def backward(
@@ -57,30 +78,37 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) in the dtypes of q, k and v."""
     tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
-    plan = Plan(q, k, block_indices, valid, tiling)
-    queries = plan.tiles(q).mul_(scale)
-    keys, values = plan.blocks(k), plan.blocks(v)
-    grads = plan.tiles(grad_out)
-    delta = (grad_out.to(keys.dtype) * out.to(keys.dtype)).sum(dim=-1, keepdim=True)
+    plan = Plan(block_indices, valid, tiling)
+    wide, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
+    delta = (grad_out.to(wide) * out.to(wide)).sum(dim=-1, keepdim=True)
     if grad_lse is not None:
-        delta = delta - grad_lse[..., None]
-    delta, shift = plan.tiles(delta), plan.tiles(lse[..., None])
+        delta -= grad_lse[..., None]
     # A query without keys has lse -inf; its logits are -inf too and must give exp(-inf - 0) = 0.
-    shift.masked_fill_(shift == -torch.inf, 0.0)
-    dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-
-    def attend(runs: Iterator[tuple[slice, list[Part]]]) -> None:
-        for at, parts in runs:
-            for part in parts:
-                weights = part.scores(queries[at], keys).sub_(shift[at]).exp_()
-                part.scatter_add(dv, weights, grads[at])
-                dscores = part.product("dscores", grads[at], values).sub_(delta[at]).mul_(weights)
-                dq[at].baddbmm_(dscores, part.read(keys))
-                part.scatter_add(dk, dscores, queries[at])
-
-    plan.share(attend)
-    return (
-        plan.untile(dq.mul_(scale)).to(q.dtype),
-        plan.unblock(dk, k.shape).to(k.dtype),
-        plan.unblock(dv, v.shape).to(v.dtype),
-    )
+    shift = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+    dq, dk, dv = (empty_token_major(x, *x.shape) for x in (q, k, v))
+    for batch, head, pair in plan.pairs():
+        heads = slice(head * group, (head + 1) * group)
+        keys = pair.table("keys", k[batch, head], wide)
+        values = pair.table("values", v[batch, head], wide)
+        dkeys = plan.workspace.take("dkeys", wide, *keys.shape).zero_()
+        dvalues = plan.workspace.take("dvalues", wide, *values.shape).zero_()
+        for run in pair.runs(max(k.shape[3], v.shape[3])):
+            rows, grads, deltas, shifts = (
+                run.of(x[batch, heads]).to(wide).reshape(run.tiles, -1, x.shape[3])
+                for x in (q, grad_out, delta, shift)
+            )
+            rows = rows * scale
+            drows = torch.zeros_like(rows)
+            for part in run.parts:
+                part_keys = part.read("part keys", keys)
+                weights = part.hide(part.product("weights", rows, part_keys)).sub_(shifts).exp_()
+                part.scatter_add(dvalues, weights, grads)
+                dscores = part.product("dscores", grads, part.read("part values", values))
+                dscores.sub_(deltas).mul_(weights)
+                drows.baddbmm_(dscores, part_keys)
+                part.scatter_add(dkeys, dscores, rows)
+            mine = run.of(dq[batch, heads])
+            mine.copy_(drows.mul_(scale).view(mine.shape))
+        dk[batch, head] = dkeys.view(-1, k.shape[3])[: tiling.kv_len]
+        dv[batch, head] = dvalues.view(-1, v.shape[3])[: tiling.kv_len]
+    return dq, dk, dv

@@ -22,13 +22,13 @@ class Launch(NamedTuple):
 
 
 # By kernel, whether inputs have sixteen bits, and the widest head dim padded to a power of two.
-# One H100, 65,536 tokens, heads of 128, bfloat16, ms at 32/8 heads and (64/4). Forward: 64x64 2.81
-# (5.80), 128x32 2.86, 128x64 with 8 warps 3.14, and in 128 registers 2.34 (4.68): that one waits
-# for a pass of the correctness grid. Query side: 64x64 3.12, 128x32 3.34, 128x64 3.59, 3 stages
-# 5.4. Key side: 64x64 7.0, 32 rows 8.1, one stage 7.2, 8 warps 12.7.
+# One H100, 65,536 tokens, heads of 128, bfloat16, ms at 32/8 heads and (64/4). Forward: 128x64 with
+# 8 warps in 128 registers, so that two programs overlap, 2.34 (4.68); without a limit 3.14;
+# 64x64 2.81 (5.80); 128x32 2.86. Query side: 64x64 3.12, 128x32 3.34, 128x64 3.59, 3 stages 5.4.
+# Key side: 64x64 7.0, 32 rows 8.1, one stage 7.2, 8 warps 12.7.
 LAUNCHES: dict[tuple[str, bool, int], Launch] = {
     ("forward", True, 64): Launch(128, 64, 4, 3),
-    ("forward", True, 128): Launch(64, 64, 4, 2),
+    ("forward", True, 128): Launch(128, 64, 8, 2, registers=128),
     ("forward", True, 256): Launch(64, 64, 4, 2),
     ("query", True, 64): Launch(128, 64, 8, 3),
     ("query", True, 128): Launch(64, 64, 4, 2),
@@ -45,6 +45,11 @@ LAUNCHES: dict[tuple[str, bool, int], Launch] = {
     ("key", False, 64): Launch(32, 32, 4, 1),
     ("key", False, 128): Launch(32, 32, 4, 1),
     ("key", False, 256): Launch(16, 16, 4, 1),
+}
+# Where tile and group give a program 64 rows or fewer; ms at 32/32 heads: 2.90. (64x32 in 128
+# registers takes 2.74, but has not been through the correctness grid.)
+SHORT: dict[tuple[str, bool, int], Launch] = {
+    ("forward", True, 128): Launch(64, 64, 4, 2),
 }
 
 
@@ -223,11 +228,17 @@ def launch_for(
     kernel: str, q: torch.Tensor, v: torch.Tensor, group: int, query_tile: int, block: int
 ) -> Launch:
     """The launch of a kernel, its rows and warps cut to what ``group`` and ``query_tile`` fill."""
-    widest = max(64, padded_dim(max(q.shape[3], v.shape[3])))
-    launch = LAUNCHES[kernel, q.element_size() == 2, widest]
+    key = kernel, q.element_size() == 2, max(64, padded_dim(max(q.shape[3], v.shape[3])))
+    launch = LAUNCHES[key]
     if kernel != "key":
         rows = program_rows(launch.rows, group, query_tile)
-        launch = launch._replace(rows=rows, warps=warps_for(launch, rows))
+        if rows <= 64:
+            launch = SHORT.get(key, launch)
+        launch = launch._replace(rows=rows)
+        if q.element_size() == 2:
+            launch = launch._replace(warps=warps_for(launch, rows))
+        if rows < 64:  # too few for the warpgroup's product; its register limit would only spill
+            launch = launch._replace(registers=None)
     lone = triton.next_power_of_2(block)
     if lone != block:  # not a power of two: a step reads one block, its last lanes masked
         launch = launch._replace(keys=max(16, lone))

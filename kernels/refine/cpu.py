@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from nsa_compile.kernels.attend.plan import Part, Plan
 from nsa_compile.kernels.geometry import Tiling
+from nsa_compile.kernels.precision import accumulator
 from nsa_compile.kernels.refine.ranking import best_candidates, forced_candidates
 
 
@@ -23,22 +22,25 @@ def refine_blocks(
         candidates, q.shape[2], causal, offset, query_tile, block, init_blocks, local_window
     )
     free, order = _free_first(candidates.masked_fill(forced, -1))
-    plan = Plan(q, k, free, valid, tiling)
-    queries, keys = plan.tiles(q).mul_(scale), plan.blocks(k)
-    shares = queries.new_zeros(len(queries), free.shape[3])
-
-    def weigh(runs: Iterator[tuple[slice, list[Part]]]) -> None:
-        for at, parts in runs:
-            logits = [part.scores(queries[at], keys) for part in parts]
-            best = torch.cat([x.unflatten(2, (-1, block)).amax(dim=3) for x in logits], dim=2)
+    plan, wide, group = Plan(free, valid, tiling), accumulator(q.dtype), q.shape[1] // k.shape[1]
+    shares = q.new_zeros(free.shape, dtype=wide)
+    for batch, head, pair in plan.pairs():
+        queries = q[batch, head * group : (head + 1) * group]
+        keys = pair.table("keys", k[batch, head], wide)
+        for run in pair.runs(k.shape[3]):
+            rows = (run.of(queries).to(wide) * scale).reshape(run.tiles, -1, k.shape[3])
+            best = torch.cat([_best(part, rows, keys) for part in run.parts], dim=2)
             # A query that sees none of them gives NaN, and has no say.
-            weight = torch.softmax(best, dim=2).nan_to_num_(0.0)
-            shares[at, : weight.shape[2]] = plan.without_padding(weight, at).amax(dim=1)
-
-    plan.share(weigh)
-    shares = shares.view(*free.shape)
+            weight = torch.softmax(best, dim=2).nan_to_num_(0.0).amax(dim=1)
+            shares[batch, head, run.first : run.stop, : weight.shape[1]] = weight
     scores = shares.new_zeros(candidates.shape).scatter_(3, order, shares)
     return best_candidates(candidates, forced, scores, num_selected)
+
+
+def _best(part: Part, rows: Tensor, keys: Tensor) -> Tensor:
+    """[tiles, G * rows, slots]: the largest logit of each row in each block of a part."""
+    logits = part.hide(part.product("logits", rows, part.read("part keys", keys)))
+    return logits.unflatten(2, (-1, part.tiling.block)).amax(dim=3)
 
 
 def _free_first(free: Tensor) -> tuple[Tensor, Tensor]:

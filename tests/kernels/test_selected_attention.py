@@ -119,12 +119,15 @@ def test_local_stretch_is_read_in_place(name: str, monkeypatch: pytest.MonkeyPat
     inputs = site.tensors(requires_grad=True)
     window = torch.arange(site.tiles)[:, None] + torch.arange(-3, 1)
     blocks = torch.cat((torch.full((site.tiles, 1), 0), window.clamp(min=-1)), dim=1)
+    site = site.but(num_selected=blocks.shape[1])
     blocks = blocks.sort(dim=1).values.to(torch.int32).expand(site.batch, site.kv_heads, -1, -1)
-    monkeypatch.setattr(plan.Plan, "_tiles_of_a_run", lambda self: 4)
+    # Four tiles a run.
+    size = site.num_selected * site.block * site.dim
+    monkeypatch.setattr(plan, "_GATHERED", 4 * size // torch.get_num_threads())
     in_place = []
     read = plan.Part.read
     monkeypatch.setattr(
-        plan.Part, "read", lambda part, table: (in_place.append(part.step), read(part, table))[1]
+        plan.Part, "read", lambda part, *args: (in_place.append(part.step), read(part, *args))[1]
     )
     out, lse = attend(site, *inputs, blocks)
     got = gradients(out, lse, inputs, with_lse=True)
@@ -141,7 +144,9 @@ def test_stretches_that_move_either_way(direction: int, monkeypatch: pytest.Monk
     first = torch.tensor([[0], [1]]) if direction >= 0 else torch.tensor([[1], [0]])
     start = (first * abs(direction)).repeat(3, 1)
     blocks = (start + torch.arange(4)).to(torch.int32).expand(site.batch, site.kv_heads, -1, -1)
-    monkeypatch.setattr(plan.Plan, "_tiles_of_a_run", lambda self: 2)
+    # Two tiles a run.
+    size = site.num_selected * site.block * site.dim
+    monkeypatch.setattr(plan, "_GATHERED", 2 * size // torch.get_num_threads())
     out, lse = attend(site, *inputs, blocks)
     got = gradients(out, lse, inputs, with_lse=True)
     expected = expected_of(site, *inputs, blocks)
