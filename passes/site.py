@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,14 @@ class Mask:
             when not causal.
         valid: node of the padding mask, bool or integer ``[B, Tk]`` (or ``[1, Tk]``), nonzero is a
             real key; None is no padding.
+        chunk: keep keys of the query's own chunk, ``p // chunk == j // chunk``; None is no chunks.
+        prefix: keys ``j < prefix`` are seen by every query, whatever ``causal`` and ``window`` say:
+            an int, a SymInt-valued node, or an integer tensor with one number, ``[B]`` or
+            ``[B, 1]``; None is no prefix.
+        segments: nodes (query ids ``[B, Tq]``, key ids ``[B, Tk]``), B may be 1; only equal ids see
+            each other (packed documents). None is one document.
+        segments_sorted: the ids are proven never to fall along the sequence, and query i stands at
+            the key ``i + offset`` of the same ids: then documents are ranges of keys.
         buffers: placeholder nodes whose *values* the proof read, to be guarded at run time.
     """
 
@@ -32,6 +41,10 @@ class Mask:
     offset: int | fx.Node = 0
     window: int | None = None
     valid: fx.Node | None = None
+    chunk: int | None = None
+    prefix: int | fx.Node | None = None
+    segments: tuple[fx.Node, fx.Node] | None = None
+    segments_sorted: bool = False
     buffers: tuple[fx.Node, ...] = ()
 
     def describe(self) -> str:
@@ -42,9 +55,40 @@ class Mask:
             terms.append("causal" if shifted == 0 else f"causal(offset={shifted})")
         if self.window is not None:
             terms.append(f"window({self.window})")
+        if self.chunk is not None:
+            terms.append(f"chunk({self.chunk})")
+        if self.prefix is not None:
+            shown = self.prefix if isinstance(self.prefix, int) else self.prefix.name
+            terms.append(f"prefix({shown})")
+        if self.segments is not None:
+            terms.append("document")
         if self.valid is not None:
             terms.append("padding")
         return " & ".join(terms) or "full"
+
+
+# Calls that turn one node into another: (method name or function, its further arguments).
+Steps = tuple[tuple[str | Callable[..., Any], tuple[Any, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Modifiers:
+    """What a site does to its logits besides scale and mask.
+
+    ``logit = softcap * tanh(scale * q . k / softcap) + slopes[h] * (positions[j] - positions[p])``,
+    and a sink adds ``exp(sinks[h])`` to the denominator of its head's softmax.
+
+    Attributes:
+        softcap: 0.0 is none.
+        sinks: node ``[Hq]`` of one more logit a head, or None.
+        slopes: ALiBi slopes of the heads, node ``[Hq]`` or numbers, or None.
+        positions: node ``[B, Tk]`` (or ``[1, Tk]``) of key positions; None is the key's index.
+    """
+
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    slopes: fx.Node | tuple[float, ...] | None = None
+    positions: fx.Node | None = None
 
 
 @dataclass
@@ -52,7 +96,8 @@ class AttentionSite:
     """What the matcher read off the graph for one attention.
 
     ``query`` is ``[B, Hq, Tq, D]``; ``key`` and ``value`` are ``[B, Hkv, Tk, D]`` and
-    ``[B, Hkv, Tk, Dv]`` with head repetition undone. ``output`` is the node that is replaced.
+    ``[B, Hkv, Tk, Dv]`` with head repetition undone, each once its steps are applied to the node.
+    ``output`` is the node that is replaced by ``output_steps`` of the result ``[B, Hq, Tq, Dv]``.
 
     Attributes:
         ordinal: counts the sites of one module path, in graph order.
@@ -83,6 +128,11 @@ class AttentionSite:
     q_len: int | torch.SymInt
     kv_len: int | torch.SymInt
     dtype: torch.dtype
+    modifiers: Modifiers = Modifiers()
+    query_steps: Steps = ()
+    key_steps: Steps = ()
+    value_steps: Steps = ()
+    output_steps: Steps = ()
 
 
 @dataclass(frozen=True)
