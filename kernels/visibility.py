@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,40 @@ def holds_valid_key(valid: Tensor, block: int, stride: int) -> Tensor:
     start = torch.arange(num_compressed(valid.shape[1], block, stride)) * stride
     before = torch.nn.functional.pad(valid.cumsum(dim=1), (1, 0))
     return before[:, start + block] > before[:, start]
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """The terms of the mask that come as tensors; causality and window are the tiling's.
+
+    ``valid`` bool [B, Tk] hides padding. Query i sees the keys ``ranges[b, i, 0] <= j <
+    ranges[b, i, 1]``, int32 [B or 1, Tq, 2]. ``query_segments`` int32 [B or 1, Tq] and
+    ``key_segments`` int32 [B or 1, Tk], both or neither: a key is seen where they are equal.
+    """
+
+    valid: Tensor | None = None
+    ranges: Tensor | None = None
+    query_segments: Tensor | None = None
+    key_segments: Tensor | None = None
+
+    @property
+    def unlimited(self) -> bool:
+        """No term hides anything."""
+        return self.valid is None and self.ranges is None and self.query_segments is None
+
+    def sees(self, batch: int, queries: Tensor, keys: Tensor) -> Tensor:
+        """bool: which of ``keys`` each query sees as far as these terms go, both broadcast.
+
+        Keys past the end are read as the last one: ``sees`` above hides them.
+        """
+        mask = torch.ones((), dtype=torch.bool, device=keys.device)
+        if self.valid is not None:
+            mask = mask & self.valid[batch][keys.clamp(0, self.valid.shape[1] - 1)]
+        if self.ranges is not None:
+            low, high = self.ranges[batch % len(self.ranges)][queries].unbind(-1)
+            mask = mask & (keys >= low) & (keys < high)
+        if self.query_segments is not None and self.key_segments is not None:
+            mine = self.query_segments[batch % len(self.query_segments)][queries]
+            theirs = self.key_segments[batch % len(self.key_segments)]
+            mask = mask & (mine == theirs[keys.clamp(0, len(theirs) - 1)])
+        return mask
