@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
-from nsa_compile.passes.site import Decision, Mask
+from nsa_compile.passes import dialect
+from nsa_compile.passes.emit import Caller
+from nsa_compile.passes.site import AttentionSite, Decision, Mask
+from nsa_compile.passes.visibility import Visibility
 
 # Two rows past the compressed blocks keep their number from ever being 0 or 1, sizes that torch
 # compiles separately for: one dynamic compilation serves short sequences too.
 _SPARE_ROWS = 2
-_METADATA = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _BINARY = "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor"
 _IN_PLACE_OPERATORS = {f"i{name}" for name in _BINARY.split()} | {"setitem", "delitem"}
 
@@ -36,13 +35,15 @@ class Rewriter:
         %attention = nsa.selected_attention(%q, %k, %v, %blocks, %valid, ...)
         %out = %attention[0]
 
-    Nodes that only fed the replaced attention (the mask's program, repeated heads) are erased when
-    they are pure. A decision that keeps its site dense is skipped.
+    Around it stand the steps that bring q, k, v and out to ``[B, H, T, D]`` and back, casts to the
+    dtype in which the site computes its logits, and ``out * sigmoid(lse - sink)`` for sinks. Nodes
+    that only fed the replaced attention (the mask's program, repeated heads) are erased when they
+    are pure. A decision that keeps its site dense is skipped.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self._valid: dict[fx.Node, fx.Node] = {}
+        self._visibility = Visibility()
 
     def apply(self, decisions: Iterable[Decision]) -> None:
         """Rewrite every converted site, then drop what became unused and recompile the graph."""
@@ -59,7 +60,7 @@ class Rewriter:
         site = decision.site
         with self.gm.graph.inserting_before(site.output):
             out = self._subgraph(decision)
-        out.meta["example_value"] = site.output.meta.get("example_value")
+        out.meta["example_value"] = dialect.value(site.output)
         site.output.replace_all_uses_with(out)
         inputs: list[fx.Node] = site.output.all_input_nodes
         self.gm.graph.erase_node(site.output)
@@ -69,75 +70,91 @@ class Rewriter:
         site, config = decision.site, decision.config
         mask = site.mask
         assert isinstance(mask, Mask)
-        ops, q, k, v = torch.ops.nsa, site.query, site.key, site.value
-        call = _Caller(self.gm.graph, site.output)
-        valid = self._valid_keys(mask.valid, q, call)
+        ops, call = torch.ops.nsa, Caller(self.gm.graph, site.output)
+        q, k, v = _operands(site, call)
+        *visible, causal = self._visibility.operands(mask, q, k, call)
+        valid = visible[0]
         if config.scorer == "channels":
             r = config.channels(site.head_dim)
             summary = call(ops.channels.default, q, k, valid, r, config.dense_len)
         else:
             sizes = (config.compress_block, config.compress_stride)
             summary = call(ops.compress.default, k, valid, *sizes, _SPARE_ROWS)
-        visibility = (site.scale, mask.causal, mask.offset, mask.window)
+        alibi = _alibi(site, call)
+
+        # Transition: until every operator takes the new arguments (then: *visible, *alibi and
+        # scale, softcap, causal, offset, window for all).
+        def new(op):
+            return any(a.name == "softcap" for a in op.default._schema.arguments)
+
+        def before(op):
+            return (*visible, *alibi) if new(op) else (valid,)
+
+        def logits(op):
+            cap = (site.modifiers.softcap,) if new(op) else ()
+            return (site.scale, *cap, causal, mask.offset, mask.window)
+
         blocks = call(
             ops.select_blocks.default,
-            q, k, summary, valid, config.scorer, *visibility,
+            q, k, summary, *before(ops.select_blocks), config.scorer, *logits(ops.select_blocks),
             config.query_tile, config.select_block, config.proposed_blocks(), config.init_blocks,
             config.window, config.compress_block, config.compress_stride, config.dense_len,
         )  # fmt: skip
         if config.proposed_blocks() > (config.num_selected or 0):
             blocks = call(
                 ops.refine_blocks.default,
-                q, k, blocks, valid, *visibility,
+                q, k, blocks, *before(ops.refine_blocks), *logits(ops.refine_blocks),
                 config.query_tile, config.select_block, config.num_selected, config.init_blocks,
                 config.window, config.dense_len,
             )  # fmt: skip
         attention = call(
             ops.selected_attention.default,
-            q, k, v, blocks, valid, *visibility,
+            q, k, v, blocks, *before(ops.selected_attention), *logits(ops.selected_attention),
             config.query_tile, config.select_block, config.dense_len,
         )  # fmt: skip
-        return call(operator.getitem, attention, 0)
-
-    def _valid_keys(self, valid: fx.Node | None, q: fx.Node, call: _Caller) -> fx.Node | None:
-        """``valid`` as bool [B, Tk], converted once for all the layers that share it."""
-        if valid is None:
-            return None
-        if valid not in self._valid:
-            value, keys = valid.meta["example_value"], valid
-            if value.dtype != torch.bool:
-                keys = call(torch.ne, keys, 0)
-            if isinstance(value.shape[0], int) and value.shape[0] == 1:
-                batch = call("size", q, 0)
-                keys = call("expand", keys, batch, -1)
-            self._valid[valid] = keys
-        return self._valid[valid]
+        return _result(site, attention, call)
 
 
-class _Caller:
-    """Appends call nodes that carry the origin's metadata and a fake value."""
+def _operands(site: AttentionSite, call: Caller) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """q, k and v as ``[B, H, T, D]`` in the dtype of the site's logits.
 
-    def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
-        self.graph = graph
-        self.metadata = {key: origin.meta[key] for key in _METADATA if key in origin.meta}
+    They differ from it under autocast, where attention casts what it reads.
+    """
+    q, k, v = (
+        call.cast(call.steps(node, steps), site.dtype)
+        for node, steps in (
+            (site.query, site.query_steps),
+            (site.key, site.key_steps),
+            (site.value, site.value_steps),
+        )
+    )
+    return q, k, v
 
-    def __call__(self, target: Callable[..., Any] | str, *args: Any) -> fx.Node:
-        if isinstance(target, str):
-            node = self.graph.call_method(target, args)
-        else:
-            node = self.graph.call_function(target, args)
-        node.meta.update(self.metadata)
-        node.meta["example_value"] = _fake_value(target, args)
-        return node
+
+def _alibi(site: AttentionSite, call: Caller) -> tuple[fx.Node | None, fx.Node | None]:
+    """ALiBi slopes float32 [Hq] and key positions float32 [B, Tk], as the operators take them."""
+    slopes, positions = site.modifiers.slopes, site.modifiers.positions
+    if slopes is None:
+        return None, None
+    if isinstance(slopes, fx.Node):
+        slopes = call.cast(call("reshape", slopes, -1), torch.float32)
+    else:
+        device = dialect.value(site.query).device
+        slopes = call(torch.tensor, list(slopes), dtype=torch.float32, device=device)
+    return slopes, None if positions is None else call.cast(positions, torch.float32)
 
 
-def _fake_value(target: Callable[..., Any] | str, args: tuple[Any, ...]) -> Any:
-    """What the call returns on the fake values of its arguments: shapes and dtypes, no data."""
-    values = fx.node.map_arg(args, lambda node: node.meta["example_value"])
-    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-    call = getattr(torch.Tensor, target) if isinstance(target, str) else target
-    with mode or nullcontext(), torch.no_grad():
-        return call(*values)
+def _result(site: AttentionSite, attention: fx.Node, call: Caller) -> fx.Node:
+    """The attention's output as the node that it replaces had it."""
+    out = call(operator.getitem, attention, 0)
+    if site.modifiers.sinks is not None:
+        # The denominator exp(lse) grows by exp(sink): the output shrinks by sigmoid(lse - sink).
+        lse = call(operator.getitem, attention, 1)
+        sinks = call.cast(call("reshape", site.modifiers.sinks, 1, -1, 1), dialect.value(lse).dtype)
+        share = call("unsqueeze", call("sigmoid", call("sub", lse, sinks)), -1)
+        out = call(torch.mul, out, call.cast(share, dialect.value(out).dtype))
+    out = call.steps(out, site.output_steps)
+    return call.cast(out, dialect.value(site.output).dtype)
 
 
 def erase_unused(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:

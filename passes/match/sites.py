@@ -69,7 +69,7 @@ def _site(root: Root, prover: Prover, path: str, cls: str, ordinal: int) -> Atte
         batch=_size(root.query, 0, q),
         q_len=_size(root.query, -2, q),
         kv_len=_size(key, -2, k),
-        dtype=_dtype(root.query),
+        dtype=_dtype(root.output),
     )
 
 
