@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -14,10 +15,20 @@ from nsa_compile.passes.masks import views
 from nsa_compile.passes.masks.affine import Affine, Load, Var, affine, lower
 from nsa_compile.passes.masks.conditions import CONDITIONS, FALSE, TRUE, Condition, ge, ne
 from nsa_compile.passes.masks.lift import Lifter
-from nsa_compile.passes.masks.logic import all_of
+from nsa_compile.passes.masks.logic import all_of, negation
 from nsa_compile.passes.masks.normal_form import classify
 from nsa_compile.passes.masks.sizes import Size
-from nsa_compile.passes.masks.values import Choice, Stuck, Unknown, Value, choose
+from nsa_compile.passes.masks.term import Term, of_mask
+from nsa_compile.passes.masks.values import (
+    Choice,
+    Stuck,
+    Unknown,
+    Value,
+    as_number,
+    choose,
+    leaves,
+    truth,
+)
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Mask
 
@@ -25,6 +36,8 @@ from nsa_compile.passes.site import Mask
 # unless the scores of one row span more than 9,000, so dropping the key changes nothing. finfo.min,
 # -inf, -1e9 and the -1e4 of older models all count; a smaller penalty is a bias, not a mask.
 MASKED = -1e4
+
+Terms: TypeAlias = tuple[Term, ...]
 
 
 @dataclass(frozen=True)
@@ -43,9 +56,7 @@ class Prover:
     def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, torch.Tensor]) -> None:
         self._gm = gm
         self._values = values
-        self._known: dict[
-            tuple[Geometry, fx.Node | None, bool, fx.Node | None], Mask | Refusal
-        ] = {}
+        self._known: dict[tuple[Geometry, Terms, bool, fx.Node | None], Mask | Refusal] = {}
         self._lifter: Lifter | None = None
         self._integers: dict[Affine, fx.Node] | None = None
 
@@ -57,53 +68,66 @@ class Prover:
         return self._lifter
 
     def prove(
-        self, geometry: Geometry, mask: fx.Node | None, is_causal: bool, reader: fx.Node
+        self, geometry: Geometry, mask: fx.Node | Terms | None, is_causal: bool, reader: fx.Node
     ) -> Mask | Refusal:
         """The normal form of ``mask`` and ``is_causal`` together, or why there is none.
 
-        ``is_causal`` is aligned to the top left, offset 0 even when Tq != Tk, as in SDPA.
-        ``reader`` is the node that uses the mask; it decides which in-place writes it sees.
+        ``mask`` is the operand of SDPA, or everything that was done to the logits. ``is_causal`` is
+        aligned to the top left, offset 0 even when Tq != Tk, as in SDPA. ``reader`` is the node
+        that attends; the reader of a term decides which in-place writes to its tensor count.
         """
-        version = reader if mask is not None and self.lifter.mutations.any else None
-        key = (geometry, mask, is_causal, version)
+        terms = mask if isinstance(mask, tuple) else of_mask(mask, reader)
+        if terms and not self.lifter.mutations.any:
+            # Who reads does not matter: layers that share a mask share its proof.
+            terms = tuple(replace(term, reader=term.node) for term in terms)
+        key = (geometry, terms, is_causal, reader if terms and self.lifter.mutations.any else None)
         if key not in self._known:
-            self._known[key] = self._prove(geometry, mask, is_causal, reader)
+            self._known[key] = self._prove(geometry, terms, is_causal, reader)
         return self._known[key]
 
     def _prove(
-        self, geometry: Geometry, mask: fx.Node | None, is_causal: bool, reader: fx.Node
+        self, geometry: Geometry, terms: Terms, is_causal: bool, reader: fx.Node
     ) -> Mask | Refusal:
-        index = self._positions(geometry)
-        keep: Condition = ge(index[2] - index[3]) if is_causal else TRUE
-        kept, buffers = _Kept(TRUE), set[fx.Node]()
-        if mask is not None:
-            lifted = self._lift(geometry, mask, index, reader)
+        index = self.positions(geometry)
+        kept = [_Kept(ge(index[2] - index[3]) if is_causal else TRUE)]
+        for term in terms:
+            lifted = self._term(geometry, term, index)
             if isinstance(lifted, Refusal):
                 return lifted
-            kept = lifted
-            buffers = self.lifter.patterns.read & _ancestors(mask)
+            kept.append(lifted)
+        keep = all_of([each.condition for each in kept])
+        mask = terms[0].node if terms else None
+        ones = all_of([each.ones for each in kept])
+        if all_of([keep, ones]) != keep:
+            return _refusal(mask, "it multiplies scores by 0 where no term hides them")
         found = classify(
-            all_of([keep, kept.condition]),
+            keep,
             mask,
-            buffers=buffers,
-            rows=self.lifter.rows,
+            buffers=self.lifter.patterns.read & _ancestors([term.node for term in terms]),
+            lifter=self.lifter,
             find_integer=lambda at: self._holder(at, reader),
         )
         if isinstance(found, Mask) and mask is not None:
-            return self._unusable(found, kept, geometry, mask, reader) or found
+            penalty = next((each.penalty for each in kept if each.penalty is not None), None)
+            return self._unusable(found, penalty, geometry, mask, reader) or found
         return found
 
     def _unusable(
-        self, found: Mask, kept: _Kept, geometry: Geometry, mask: fx.Node, reader: fx.Node
+        self,
+        found: Mask,
+        penalty: float | None,
+        geometry: Geometry,
+        mask: fx.Node,
+        reader: fx.Node,
     ) -> Refusal | None:
         """Why a proven mask cannot stand for ``mask`` at ``reader`` all the same."""
         if found.valid is not None:
             # The rewritten graph reads the padding where the attention stands.
             if self.lifter.mutations.version(found.valid, reader) is not found.valid:
                 return _refusal(found.valid, "it is written to in place before it is used")
-        if kept.penalty is not None and not self._every_row_sees_a_key(found, geometry):
+        if penalty is not None and not self._every_row_sees_a_key(found, geometry):
             # Softmax over equal finite penalties averages over the keys that they should hide.
-            return _refusal(mask, f"it adds {kept.penalty} to whole rows: they hide nothing")
+            return _refusal(mask, f"it adds {penalty} to whole rows: they hide nothing")
         return None
 
     def _every_row_sees_a_key(self, mask: Mask, geometry: Geometry) -> bool:
@@ -119,7 +143,7 @@ class Prover:
         last = sizes.affine(geometry.q_len) + offset - 1
         return _at_least_zero(sizes.affine(geometry.kv_len) - 1 - last + (mask.window - 1))
 
-    def _positions(self, geometry: Geometry) -> views.Index:
+    def positions(self, geometry: Geometry) -> views.Index:
         """The index (b, h, i, j) of one score; 0 where a dimension has one element."""
         sizes = (geometry.batch, geometry.q_heads, geometry.q_len, geometry.kv_len)
         return tuple(
@@ -127,18 +151,46 @@ class Prover:
             for name, size in zip("bhij", sizes, strict=True)
         )
 
-    def _lift(
-        self, geometry: Geometry, mask: fx.Node, index: views.Index, reader: fx.Node
-    ) -> _Kept | Refusal:
-        shape = dialect.shape(mask)
-        if shape is None or len(shape) > 4:
-            return _refusal(mask, "it is no tensor of at most 4 dimensions")
+    def _term(self, geometry: Geometry, term: Term, index: views.Index) -> _Kept | Refusal:
+        """Where ``term`` lets a key through."""
+        shape = dialect.shape(term.node)
+        if shape is None or (len(shape) > 4 and term.at is None):
+            return _refusal(term.node, "it is no tensor of at most 4 dimensions")
         out = (geometry.batch, geometry.q_heads, geometry.q_len, geometry.kv_len)
         try:
-            lifted = self.lifter.read(mask, views.broadcast(shape, out, index), reader)
+            at = views.broadcast(shape, out, index) if term.at is None else term.at
+            lifted = self.lifter.read(term.node, at, term.reader)
+            if term.kind == "add":
+                return _kept(lifted, term)
+            if term.kind == "times":
+                return _ones(lifted, term)
+            condition = truth(lifted)
+            if condition is None:
+                return _unknown(lifted, term.node)
+            hidden = self._fill(term, index)
         except Stuck as stuck:
-            return _refusal(mask, str(stuck))
-        return _kept(lifted, mask)
+            return _refusal(term.node, str(stuck))
+        if isinstance(hidden, Refusal):
+            return hidden
+        keep = condition if term.kind == "keep" else negation(condition)
+        return _Kept(keep, hidden.penalty)
+
+    def _fill(self, term: Term, index: views.Index) -> _Kept | Refusal:
+        """What a filled logit is; it must hide its key."""
+        value: Value
+        if isinstance(term.fill, fx.Node):
+            shape = dialect.shape(term.fill)
+            if shape:
+                return _refusal(term.fill, "it fills scores with a tensor")
+            value = self.lifter.scalar(term.fill)
+            if shape == ():
+                value = self.lifter.read(term.fill, (), term.reader)
+        else:
+            value = float(term.fill)
+        filled = _kept(value, term)
+        if isinstance(filled, _Kept) and filled.condition != FALSE:
+            return _refusal(term.node, f"it fills scores with {term.fill}, which hides no key")
+        return filled
 
     def _holder(self, integer: Affine, reader: fx.Node) -> fx.Node | None:
         """A node before ``reader`` that holds ``integer``, for offsets known at run time only."""
@@ -155,28 +207,39 @@ class Prover:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Where a mask lets a key through; ``penalty`` is the finite number that it adds elsewhere."""
+    """Where a term lets a key through; ``penalty`` is the finite number that it adds elsewhere.
+
+    ``ones`` says where a factor leaves the logit as it is.
+    """
 
     condition: Condition
     penalty: float | None = None
+    ones: Condition = TRUE
 
 
-def _kept(value: Value, mask: fx.Node) -> _Kept | Refusal:
+def _kept(value: Value, term: Term) -> _Kept | Refusal:
     """Where ``value`` lets a key through: true, or an additive 0."""
     if isinstance(value, CONDITIONS):
+        if term.kind == "add":  # true adds 1
+            return _kept(as_number(value), term)
         return _Kept(value)
     if isinstance(value, Choice):
-        return _kept_choice(value, mask)
+        return _kept_choice(value, term)
     if isinstance(value, Unknown):
-        load = value.load
-        return _refusal(load.node, load.why or "its values are only known at run time")
+        return _unknown(value, term.node)
     if isinstance(value, Affine):
-        return _kept_integer(value, mask)
-    return _kept_constant(value, mask)
+        return _kept_integer(value, term)
+    return _kept_constant(value, term)
 
 
-def _kept_choice(value: Choice, mask: fx.Node) -> _Kept | Refusal:
-    then, otherwise = _kept(value.then, mask), _kept(value.otherwise, mask)
+def _unknown(value: Value, mask: fx.Node) -> Refusal:
+    load = value.load if isinstance(value, Unknown) else None
+    node, why = (load.node, load.why) if load is not None else (mask, "")
+    return _refusal(node, why or "its values are only known at run time")
+
+
+def _kept_choice(value: Choice, term: Term) -> _Kept | Refusal:
+    then, otherwise = _kept(value.then, term), _kept(value.otherwise, term)
     if isinstance(then, Refusal):
         return then
     if isinstance(otherwise, Refusal):
@@ -186,21 +249,34 @@ def _kept_choice(value: Choice, mask: fx.Node) -> _Kept | Refusal:
     return _Kept(decided, otherwise.penalty if then.penalty is None else then.penalty)
 
 
-def _kept_integer(value: Affine, mask: fx.Node) -> _Kept | Refusal:
+def _kept_integer(value: Affine, term: Term) -> _Kept | Refusal:
     if value.constant is not None:
-        return _kept_constant(value.constant, mask)
+        return _kept_constant(value.constant, term)
     ((atom, step), *more) = value.terms.items()
     if more or not isinstance(atom, Load) or (atom.low, atom.high) != (0, 1):
-        return _refusal(mask, f"it adds {value!r} to the scores")
-    return _kept(choose(ne(affine(atom)), affine(value.const + step), affine(value.const)), mask)
+        return _refusal(term.node, f"it adds {value!r} to the scores")
+    return _kept(choose(ne(affine(atom)), affine(value.const + step), affine(value.const)), term)
 
 
-def _kept_constant(value: float, mask: fx.Node) -> _Kept | Refusal:
+def _kept_constant(value: float, term: Term) -> _Kept | Refusal:
     if value == 0:
         return _Kept(TRUE)
-    if value <= MASKED:
-        return _Kept(FALSE, None if value == -math.inf else value)
-    return _refusal(mask, f"it adds {value} to scores, which neither keeps nor hides a key")
+    if term.factor is None and value != -math.inf:
+        return _refusal(term.node, f"it adds {value} times a number known at run time")
+    added = value * (1.0 if term.factor is None else term.factor)
+    if added <= MASKED:
+        return _Kept(FALSE, None if added == -math.inf else added)
+    return _refusal(term.node, f"it adds {added} to scores, which neither keeps nor hides a key")
+
+
+def _ones(value: Value, term: Term) -> _Kept | Refusal:
+    """Where ``value`` is 1; it must be 0 elsewhere."""
+    value = as_number(value)
+    if any(leaf not in (affine(0), affine(1)) for leaf in leaves(value)):
+        return _refusal(term.node, "it multiplies scores by more than 0 and 1")
+    ones = truth(value)
+    assert ones is not None
+    return _Kept(TRUE, ones=ones)
 
 
 def _at_least_zero(integer: Affine) -> bool:
@@ -208,9 +284,9 @@ def _at_least_zero(integer: Affine) -> bool:
     return low is not None and low >= 0
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
-    stack = [node]
+    stack = list(nodes)
     while stack:
         each = stack.pop()
         if each not in found:
