@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from nsa_compile.passes import dialect
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
@@ -22,7 +23,7 @@ def decide(site: AttentionSite, config: NSAConfig) -> Decision:
 
 def _legality(site: AttentionSite, config: NSAConfig) -> Refusal | None:
     """Why the operators cannot compute this site, or None."""
-    for check in (_shapes, _decode, _mask, _dropout, _dtype, _scale):
+    for check in (_shapes, _decode, _mask, _modifiers, _dropout, _dtype, _scale):
         refusal = check(site)
         if refusal is not None:
             return refusal
@@ -35,11 +36,47 @@ def _policy(site: AttentionSite, config: NSAConfig, layer: NSAConfig) -> Refusal
         return Refusal(Reason.EXCLUDED, f"{site.module or '(no module path)'}")
     if layer.merge == "gate":
         return Refusal(Reason.NEEDS_PREPARE)
-    return None
+    return _already_local(site, layer)
+
+
+def _already_local(site: AttentionSite, config: NSAConfig) -> Refusal | None:
+    """A layer that reads no more keys than its conversion would gains nothing by it."""
+    mask = site.mask
+    if not isinstance(mask, Mask) or mask.prefix is not None:
+        return None
+    seen = [] if mask.chunk is None else [(mask.chunk, f"chunk({mask.chunk})")]
+    if mask.window is not None:
+        both_sides = 1 if mask.causal else 2
+        seen.append((both_sides * (mask.window - 1) + 1, f"window({mask.window})"))
+    budget = (config.num_selected or 0) * config.select_block
+    if not seen or min(seen)[0] > budget:
+        return None
+    keys, term = min(seen)
+    return Refusal(
+        Reason.ALREADY_LOCAL,
+        f"{term} is {keys} keys, num_selected={config.num_selected} blocks of "
+        f"{config.select_block} are {budget}",
+    )
 
 
 def _mask(site: AttentionSite) -> Refusal | None:
     return site.mask if isinstance(site.mask, Refusal) else None
+
+
+def _modifiers(site: AttentionSite) -> Refusal | None:
+    mask, modifiers = site.mask, site.modifiers
+    if isinstance(mask, Mask) and mask.prefix is not None:
+        # What such a query sees is a prefix and a piece further on: no one range of keys.
+        if mask.window is not None or mask.chunk is not None:
+            return Refusal(Reason.MODIFIER_NOT_SUPPORTED, f"mask {mask.describe()}")
+    for name in ("slopes", "positions"):
+        node = getattr(modifiers, name)
+        if isinstance(node, fx.Node) and dialect.value(node).requires_grad:
+            return Refusal(
+                Reason.MODIFIER_NOT_SUPPORTED,
+                f"node {dialect.describe(node)}: learned ALiBi {name}",
+            )
+    return None
 
 
 def _dropout(site: AttentionSite) -> Refusal | None:
@@ -84,7 +121,9 @@ def _sizes(site: AttentionSite, config: NSAConfig) -> Refusal | None:
     if config.merge != "softmax" or not isinstance(site.mask, Mask):
         return None
     offset = site.mask.offset if isinstance(site.mask.offset, int) else None
-    forced = config.forced_blocks(offset, site.mask.causal)
+    # With a prefix the operators run without causality: its ranges say what a query sees.
+    causal = site.mask.causal and site.mask.prefix is None
+    forced = config.forced_blocks(offset, causal)
     if forced <= (config.num_selected or 0):
         return None
     return Refusal(

@@ -51,6 +51,16 @@ class Reason(Enum):
         "one query against a cache reads every key once already: {detail}",
         "nothing to do: prefill is converted, decoding stays dense",
     )
+    ALREADY_LOCAL = (
+        "already_local",
+        "its own mask lets a query see no more keys than the sparse budget reads: {detail}",
+        "nothing to do: the layer is sparse as it is; a smaller num_selected would convert it",
+    )
+    MODIFIER_NOT_SUPPORTED = (
+        "modifier_not_supported",
+        "the operators do not compute this kind of score: {detail}",
+        "keep this layer dense, or write its scores without it",
+    )
     SIZES_DO_NOT_FIT = (
         "sizes_do_not_fit",
         "the configured sizes do not fit this site: {detail}",

@@ -54,6 +54,21 @@ def x() -> torch.Tensor:
     return torch.randn(2, 50, 32)
 
 
+class Windowed(nn.Module):
+    """Causal attention over the last ``window`` keys, [B, T, 32]."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.unflatten(2, (2, 16)).transpose(1, 2)
+        i = torch.arange(x.shape[1], device=x.device)
+        age = i[:, None] - i
+        mask = (age >= 0) & (age < self.window)
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
 def compiled(model: nn.Module, **options: object):
     return torch.compile(model, backend="nsa", options={**OPTIONS, **options})
 
@@ -260,3 +275,32 @@ def test_no_warning_on_the_happy_path(x: torch.Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", nsa_compile.ConversionWarning)
         compiled(Stack(1))(x)
+
+
+def test_a_window_within_the_budget_is_local_already(x: torch.Tensor) -> None:
+    for window, reason in ((32, "already_local"), (33, None)):
+        fast = compiled(Windowed(window), num_selected=2, init_blocks=0, window=1)
+        fast(x)
+        (row,) = nsa_compile.report(fast).sites
+        assert (row.mask, row.reason) == (f"causal & window({window})", reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_what_attention_reads(x: torch.Tensor, dtype: torch.dtype) -> None:
+    class Mixed(Stack):
+        """q and k in float32, as rotary embeddings leave them, v in the dtype of autocast."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            qkv = self.layers[0].qkv(x)
+            q, k, v = (y.unflatten(2, (2, 16)).transpose(1, 2) for y in qkv.chunk(3, -1))
+            return F.scaled_dot_product_attention(q.float(), k.float() * 1.5, v, is_causal=True)
+
+    model = Mixed()
+    fast = compiled(model, num_selected=8)
+    with torch.autocast("cpu", dtype):
+        out, expected = fast(x), model(x)
+        out.float().sum().backward()
+    assert out.dtype == expected.dtype == dtype
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    (row,) = nsa_compile.report(fast).sites
+    assert (row.decision, row.dtype) == ("converted", str(dtype).removeprefix("torch."))

@@ -76,7 +76,8 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
     ),
     "qwen3": lambda: _hf("Qwen3", **_SIZES, head_dim=32),
-    "mistral": lambda: _hf("Mistral", **_SIZES, sliding_window=40),
+    # A window past the budget of equality.FULL_BUDGET, or the layers would be local already.
+    "mistral": lambda: _hf("Mistral", **_SIZES, sliding_window=520),
 }  # fmt: skip
 
 
