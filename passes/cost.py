@@ -2,8 +2,8 @@
 
 FLOPs count a multiply and an add as two, forward only, for the whole batch. Only the (query, key)
 pairs that the mask's structure lets through are counted: causality halves, a sliding window counts
-its keys. Padding depends on the data and is not subtracted; a mask that was not understood counts
-every pair. Sizes of a dynamic graph stay symbolic: the arithmetic runs on sympy expressions and
+its keys, a chunk half of itself. Padding and documents depend on the data and are not subtracted,
+a prefix adds none; a mask that was not understood counts every pair. Sizes of a dynamic graph stay symbolic: the arithmetic runs on sympy expressions and
 never compares or converts a SymInt, which would install a guard.
 """
 
@@ -156,10 +156,15 @@ def _own_window(site: AttentionSite) -> int | None:
 
 
 def _pairs(site: AttentionSite, window: int | None) -> Size:
-    causal, offset = False, 0
+    causal, offset, chunk = False, 0, None
     if isinstance(site.mask, Mask):
         causal, offset = site.mask.causal, _offset(site.mask.offset)
-    return visible_pairs(_size(site.q_len), _size(site.kv_len), causal, offset, window)
+        chunk = site.mask.chunk
+    q_len = _size(site.q_len)
+    pairs = visible_pairs(q_len, _size(site.kv_len), causal, offset, window)
+    if chunk is None:
+        return pairs
+    return _min(pairs, _half(q_len * (chunk + 1)) if causal else q_len * chunk)
 
 
 def _heads(site: AttentionSite) -> Size:
