@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.attend.plan import Part, Plan
+from nsa_compile.kernels.attend.plan import Plan, Run
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.precision import accumulator
 from nsa_compile.kernels.refine.ranking import best_candidates, forced_candidates
+from nsa_compile.kernels.visibility import Visibility
 
 
 def refine_blocks(
@@ -22,25 +23,25 @@ def refine_blocks(
         candidates, q.shape[2], causal, offset, query_tile, block, init_blocks, local_window
     )
     free, order = _free_first(candidates.masked_fill(forced, -1))
-    plan, wide, group = Plan(free, valid, tiling), accumulator(q.dtype), q.shape[1] // k.shape[1]
+    plan = Plan(free, q.shape[1] // k.shape[1], tiling, Visibility(valid))
+    wide = accumulator(q.dtype)
     shares = q.new_zeros(free.shape, dtype=wide)
-    for batch, head, pair in plan.pairs():
-        queries = q[batch, head * group : (head + 1) * group]
-        keys = pair.table("keys", k[batch, head], wide)
+    for pair in plan.pairs(slice(None)):
+        keys = pair.table("keys", k, wide)
         for run in pair.runs(k.shape[3]):
-            rows = (run.of(queries).to(wide) * scale).reshape(run.tiles, -1, k.shape[3])
-            best = torch.cat([_best(part, rows, keys) for part in run.parts], dim=2)
+            rows = (run.of(q).to(wide) * scale).reshape(run.tiles, -1, k.shape[3])
+            best = _best(run, rows, keys)
             # A query that sees none of them gives NaN, and has no say.
             weight = torch.softmax(best, dim=2).nan_to_num_(0.0).amax(dim=1)
-            shares[batch, head, run.first : run.stop, : weight.shape[1]] = weight
+            shares[pair.batch, pair.head, run.first : run.stop, : weight.shape[1]] = weight
     scores = shares.new_zeros(candidates.shape).scatter_(3, order, shares)
     return best_candidates(candidates, forced, scores, num_selected)
 
 
-def _best(part: Part, rows: Tensor, keys: Tensor) -> Tensor:
-    """[tiles, G * rows, slots]: the largest logit of each row in each block of a part."""
-    logits = part.hide(part.product("logits", rows, part.read("part keys", keys)))
-    return logits.unflatten(2, (-1, part.tiling.block)).amax(dim=3)
+def _best(run: Run, rows: Tensor, keys: Tensor) -> Tensor:
+    """[tiles, G * rows, slots]: the largest logit of each row in each block."""
+    logits, _ = run.logits("logits", rows, run.read("run keys", keys))
+    return logits.unflatten(2, (-1, run.tiling.block)).amax(dim=3)
 
 
 def _free_first(free: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,46 +112,35 @@ def test_low_precision(name: str, dtype: torch.dtype, dense_len: int) -> None:
         assert relative_error(mine, true) < 3 * tolerance
 
 
-@pytest.mark.parametrize("name", ["causal", "causal, window", "offset", "G=4"])
-def test_local_stretch_is_read_in_place(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neighbouring blocks in every tile of a run are one view, and the result is the same."""
-    site = ALL[name].but(q_len=200, kv_len=200, offset=0, num_selected=6)
+@pytest.mark.parametrize("name", ["causal", "causal, window", "offset", "G=4", "tile 64"])
+def test_tiles_in_several_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs along the diagonal share a mask; the first tiles read all they see."""
+    site = ALL[name].but(q_len=200, kv_len=200, offset=0)
     inputs = site.tensors(requires_grad=True)
-    window = torch.arange(site.tiles)[:, None] + torch.arange(-3, 1)
-    blocks = torch.cat((torch.full((site.tiles, 1), 0), window.clamp(min=-1)), dim=1)
+    last = (torch.arange(1, site.tiles + 1) * site.query_tile - 1) // site.block
+    window = last[:, None] + torch.arange(-3, 1)
+    blocks = torch.cat((torch.zeros(site.tiles, 1), window.clamp(min=-1)), dim=1)
     site = site.but(num_selected=blocks.shape[1])
     blocks = blocks.sort(dim=1).values.to(torch.int32).expand(site.batch, site.kv_heads, -1, -1)
     # Four tiles a run.
     size = site.num_selected * site.block * site.dim
     monkeypatch.setattr(plan, "_GATHERED", 4 * size // torch.get_num_threads())
-    in_place = []
-    read = plan.Part.read
-    monkeypatch.setattr(
-        plan.Part, "read", lambda part, *args: (in_place.append(part.step), read(part, *args))[1]
-    )
-    out, lse = attend(site, *inputs, blocks)
-    got = gradients(out, lse, inputs, with_lse=True)
-    assert 1 in in_place
-    expected = expected_of(site, *inputs, blocks)
-    torch.testing.assert_close((out, lse), expected)
-    torch.testing.assert_close(got, gradients(*expected, inputs, with_lse=True))
-
-
-@pytest.mark.parametrize("direction", [1, 0, -1])
-def test_stretches_that_move_either_way(direction: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = Site(q_len=96, causal=False, num_selected=4)
-    inputs = site.tensors(requires_grad=True)
-    first = torch.tensor([[0], [1]]) if direction >= 0 else torch.tensor([[1], [0]])
-    start = (first * abs(direction)).repeat(3, 1)
-    blocks = (start + torch.arange(4)).to(torch.int32).expand(site.batch, site.kv_heads, -1, -1)
-    # Two tiles a run.
-    size = site.num_selected * site.block * site.dim
-    monkeypatch.setattr(plan, "_GATHERED", 2 * size // torch.get_num_threads())
     out, lse = attend(site, *inputs, blocks)
     got = gradients(out, lse, inputs, with_lse=True)
     expected = expected_of(site, *inputs, blocks)
     torch.testing.assert_close((out, lse), expected)
     torch.testing.assert_close(got, gradients(*expected, inputs, with_lse=True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("q_len", [40, 100, 111])
+def test_leading_tiles_that_read_all_they_see(q_len: int, causal: bool) -> None:
+    """They are dense attention, whichever tiles follow."""
+    site = Site(q_len=q_len, kv_len=111, causal=causal, num_selected=7)
+    inputs = site.tensors()
+    blocks = site.all_blocks().clone()
+    blocks[:, :, 3:] = site.random_blocks()[:, :, 3:]
+    torch.testing.assert_close(attend(site, *inputs, blocks), expected_of(site, *inputs, blocks))
 
 
 def test_unordered_repeated_and_missing_blocks() -> None:
