@@ -52,6 +52,7 @@ def record(decision: Decision, compile_id: str) -> SiteRecord:
         batch=_text(_size(site.batch)),
         ordinal=site.ordinal,
         compile_id=compile_id,
+        modifiers=site.modifiers.describe(),
     )
 
 

@@ -90,6 +90,13 @@ class Modifiers:
     slopes: fx.Node | tuple[float, ...] | None = None
     positions: fx.Node | None = None
 
+    def describe(self) -> str:
+        """``"softcap(50.0) & sinks"``, ``"alibi"``; empty when there are none."""
+        terms = [f"softcap({self.softcap})"] if self.softcap else []
+        terms += ["alibi"] if self.slopes is not None else []
+        terms += ["sinks"] if self.sinks is not None else []
+        return " & ".join(terms)
+
 
 @dataclass
 class AttentionSite:
@@ -179,4 +186,5 @@ class SiteRecord:
     batch: int | str = 1
     ordinal: int = 0
     compile_id: str = ""
+    modifiers: str = ""
     extra: dict[str, Any] = field(default_factory=dict)

@@ -40,7 +40,7 @@ def rows(sites: list[SiteRecord]) -> list[Row]:
     groups: dict[tuple[object, ...], list[SiteRecord]] = {}
     for site in sites:
         pattern = re.sub(r"\d+", "#", site.module)
-        texts = (_origin(site), _attention(site), site.mask, _length(site))
+        texts = (_origin(site), _attention(site), _scores(site), _length(site))
         costs = (site.flops_dense, site.flops_sparse)
         key = (pattern, site.ordinal, *texts, *costs, site.decision, site.reason)
         groups.setdefault(key, []).append(site)
@@ -54,7 +54,7 @@ def _row(group: list[SiteRecord]) -> Row:
         layer=f"{layer} #{first.ordinal + 1}" if first.ordinal else layer,
         origin=_origin(first),
         attention=_attention(first),
-        mask=first.mask,
+        mask=_scores(first),
         length=_length(first),
         flops=_flops(first),
         saving=_saving(first),
@@ -127,6 +127,11 @@ def _attention(site: SiteRecord) -> str:
     if site.value_dim != site.head_dim:
         dims += f"/{site.value_dim}"
     return f"{heads} heads x {dims}, {_SHORT_DTYPES.get(site.dtype, site.dtype)}"
+
+
+def _scores(site: SiteRecord) -> str:
+    """The mask, and what else is done to the logits: ``"causal, softcap(50.0)"``."""
+    return f"{site.mask}, {site.modifiers}" if site.modifiers else site.mask
 
 
 def _length(site: SiteRecord) -> str:
