@@ -43,7 +43,8 @@ def sample_report() -> RewriteReport:
     records += [
         make_record("model.layers.11.self_attn", mask="causal & window(4096) & padding",
                     q_len=4096, kv_len=4096,
-                    flops_dense=137_500_000_000, flops_sparse=137_500_000_000, modifiers="softcap(50.0) & sinks"),
+                    flops_dense=137_500_000_000, flops_sparse=137_500_000_000,
+                    modifiers="softcap(50.0) & sinks"),
         kept("pool.attn", Reason.DROPOUT, "dropout_p=0.1", q_len=1, kv_len=512, batch=4,
              value_dim=64, flops_dense=524_288, module_class="AttentionPool"),
         make_record("", q_len="s0", kv_len="s0", flops_dense="4096*s0*(s0 + 1)",
