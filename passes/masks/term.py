@@ -25,6 +25,7 @@ class Term:
         fill: a number, or the node of a tensor that broadcasts like ``node``'s result.
         factor: what the program multiplies the logits by after this term (-1 where it subtracts
             it); None is a factor that is only known at run time.
+        floor: what it clamps the logits to from below afterwards, in the final scale.
     """
 
     node: fx.Node
@@ -33,6 +34,7 @@ class Term:
     at: tuple[Affine, ...] | None = None
     fill: float | fx.Node = float("-inf")
     factor: float | None = 1.0
+    floor: float = float("-inf")
 
 
 def of_mask(mask: fx.Node | None, reader: fx.Node) -> tuple[Term, ...]:
