@@ -1,0 +1,62 @@
+"""Count the attention that a run computes, from the operators it executes and nothing else.
+
+Independent of the compiler's matcher: the profiler sees the operators of eager and of compiled
+code alike. Attention is an SDPA operator, or a softmax over the last dimension of a tensor whose
+last two sizes are the query length and at least as many keys (a few more: sinks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+
+_FUSED = ("aten::scaled_dot_product_attention", "aten::_native_multi_head_attention")
+_SOFTMAX = ("aten::softmax", "aten::_softmax", "aten::_safe_softmax")
+_SINKS = 8  # extra columns that a softmax over keys may have
+_CONVERTED = "nsa::selected_attention"
+
+
+@dataclass(frozen=True)
+class Executed:
+    """Attention operators of one run: dense ones, ours, and softmaxes over some other matrix."""
+
+    dense: int
+    converted: int
+    other: tuple[tuple[int, ...], ...] = ()
+
+
+def count(run: Callable[[], Any], q_len: int) -> tuple[Any, Executed]:
+    """The result of ``run()`` and the attention over ``q_len`` queries that it executed."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        result = run()
+    dense = converted = 0
+    other = []
+    for event in recorded.events():
+        if event.name == _CONVERTED and not _inside(event, (_CONVERTED,)):
+            converted += 1
+        elif event.name in _FUSED + _SOFTMAX and not _inside(event, _FUSED + _SOFTMAX + ("nsa::",)):
+            shape = tuple(event.input_shapes[0]) if event.input_shapes else ()
+            if _is_attention(event.name, shape, q_len):
+                dense += 1
+            elif len(shape) >= 3:
+                other.append(shape)
+    return result, Executed(dense, converted, tuple(sorted(set(other))))
+
+
+def _is_attention(name: str, shape: tuple[int, ...], q_len: int) -> bool:
+    if name in _FUSED:
+        return True
+    return len(shape) >= 2 and shape[-2] == q_len and q_len <= shape[-1] < q_len + _SINKS
+
+
+def _inside(event: Any, names: tuple[str, ...]) -> bool:
+    """Whether ``event`` runs within another whose name starts with one of ``names``."""
+    parent = event.cpu_parent
+    while parent is not None:
+        if parent.name.startswith(names):
+            return True
+        parent = parent.cpu_parent
+    return False
