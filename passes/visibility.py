@@ -61,7 +61,8 @@ class Visibility:
 
 def _valid_keys(valid: fx.Node, q: fx.Node, call: Caller) -> fx.Node:
     """``valid`` as bool [B, Tk]."""
-    value, keys = dialect.value(valid), valid
+    keys = _row(valid, call)
+    value = dialect.value(keys)
     if value.dtype != torch.bool:
         keys = call(torch.ne, keys, 0)
     if isinstance(value.shape[0], int) and value.shape[0] == 1:
@@ -69,12 +70,21 @@ def _valid_keys(valid: fx.Node, q: fx.Node, call: Caller) -> fx.Node:
     return keys
 
 
+def _row(x: fx.Node, call: Caller) -> fx.Node:
+    """``x`` as [B, T]: a mask's program may hold it with more dimensions of size 1, or without B."""
+    dims = dialect.value(x).dim()
+    if dims == 1:
+        return call("unsqueeze", x, 0)
+    return x if dims == 2 else call("flatten", x, 1)
+
+
 def _segments(ids: tuple[fx.Node, fx.Node], call: Caller) -> tuple[fx.Node, fx.Node]:
     """Document ids as int32 that are equal where ``ids`` are, whatever 64-bit values those hold.
 
     Keys become their rank among the keys' ids; a query with an id that no key has becomes -1.
     """
-    queries, keys = ids
+    queries, keys = (_row(x, call) for x in ids)
+    queries = keys if ids[0] is ids[1] else queries
     if all(dialect.value(x).dtype in _NARROW for x in ids):
         return call.cast(queries, torch.int32), call.cast(keys, torch.int32)
     ordered = call(operator.getitem, call(torch.sort, keys, -1), 0)
@@ -110,7 +120,7 @@ def _ranges(mask: Mask, q: fx.Node, k: fx.Node, call: Caller) -> fx.Node | None:
         low.append(call(torch.mul, chunk, mask.chunk))
         high.append(call(torch.add, low[-1], mask.chunk))
     if mask.segments is not None and mask.segments_sorted:
-        queries, keys = (call("contiguous", ids) for ids in mask.segments)
+        queries, keys = (call("contiguous", _row(ids, call)) for ids in mask.segments)
         for end, right in ((low, False), (high, True)):
             end.append(call(torch.searchsorted, keys, queries, out_int32=True, right=right))
     if mask.prefix is not None:

@@ -68,8 +68,8 @@ def _arithmetic(
         return Affine(int(result)) if result.is_integer() else result
 
     def rule(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
-        if op["alpha"] not in (None, 1) or op["rounding_mode"] is not None:
-            raise Stuck(f"{op.name} with alpha or rounding_mode")
+        if op["alpha"] not in (None, 1):
+            raise Stuck(f"{op.name} with alpha")
         return _pairwise(lifter, node, op, index, leaf)
 
     return rule
@@ -106,6 +106,13 @@ def _positive(y: Affine) -> int:
     if y.constant is None or y.constant < 1:
         raise Stuck("a division by a run-time value")
     return y.constant
+
+
+def _div(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+    mode = op["rounding_mode"]
+    if mode not in (None, "floor"):
+        raise Stuck(f"a division rounded by {mode}")
+    return (_EXACT_DIVISION if mode is None else _FLOOR_DIVISION)(lifter, node, op, index)
 
 
 def _no_floats(x: float, y: float) -> float:
@@ -195,6 +202,9 @@ def _masked_fill(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
     return choose(test, then, lifter.operand(node, op["x"], index))
 
 
+_EXACT_DIVISION = _arithmetic(_over, _divide)
+_FLOOR_DIVISION = _arithmetic(_floor, _no_floats)
+
 RULES: dict[str, Rule] = {
     "eq": _compare(eq, lambda d: d == 0),
     "ne": _compare(ne, lambda d: d != 0),
@@ -214,8 +224,8 @@ RULES: dict[str, Rule] = {
     "sub": _arithmetic(lambda x, y: x - y, lambda x, y: x - y),
     "rsub": _arithmetic(lambda x, y: y - x, lambda x, y: y - x),
     "mul": _arithmetic(_times, lambda x, y: x * y),
-    "div": _arithmetic(_over, _divide),
-    "floordiv": _arithmetic(_floor, _no_floats),
+    "div": _div,
+    "floordiv": _FLOOR_DIVISION,
     "mod": _arithmetic(_mod, _no_floats),
     "neg": _neg,
     "abs": _abs,

@@ -16,11 +16,12 @@ from torch import fx
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks import views
-from nsa_compile.passes.masks.affine import Affine, Load, Var, affine, lower, upper
+from nsa_compile.passes.masks.affine import Affine, Load, affine, lower, upper
 from nsa_compile.passes.masks.cast import cast
-from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition, ne
+from nsa_compile.passes.masks.conditions import FALSE, TRUE, ne
 from nsa_compile.passes.masks.constants import Patterns
 from nsa_compile.passes.masks.mutation import Mutations
+from nsa_compile.passes.masks.rows import Rows
 from nsa_compile.passes.masks.sizes import Sizes
 from nsa_compile.passes.masks.values import (
     Stuck,
@@ -29,7 +30,6 @@ from nsa_compile.passes.masks.values import (
     as_number,
     leaves,
     size,
-    truth,
 )
 from nsa_compile.passes.masks.views import Index
 
@@ -52,8 +52,7 @@ class Lifter:
         self.sizes = Sizes(gm.graph)
         self.patterns = Patterns(gm, values)
         self.mutations = Mutations(gm.graph)
-        # Tensors [B, Tk] by the condition under which their element [b, j] is not 0.
-        self.rows: dict[Condition, fx.Node] = {}
+        self.rows = Rows()
         self._lifted: dict[tuple[fx.Node, Index], Value] = {}
         self._reader: fx.Node | None = None
 
@@ -113,8 +112,7 @@ class Lifter:
 
     def _lift(self, node: fx.Node, index: Index) -> Value:
         found = self._understood(node, index)
-        if self._is_row(node, index):
-            self._name_row(node, found)
+        self.rows.remember(node, index, self.sizes.shape(node) or (), found)
         return found
 
     def _understood(self, node: fx.Node, index: Index) -> Value:
@@ -134,19 +132,6 @@ class Lifter:
     def _by_value(self, node: fx.Node, index: Index, why: str) -> Value:
         pattern = self.patterns.evaluated(node)
         return self._opaque(node, index, why) if pattern is None else pattern.element(index)
-
-    def _is_row(self, node: fx.Node, index: Index) -> bool:
-        """Whether ``node`` is ``[B, Tk]`` or ``[1, Tk]`` and read at ``[b, j]``, all of it."""
-        if len(index) != 2:
-            return False
-        rows, columns = self.sizes.shape(node) or (Affine(), Affine())
-        return _spans(index[0], "b", rows) and _spans(index[1], "j", columns)
-
-    def _name_row(self, node: fx.Node, found: Value) -> None:
-        """Remember ``node`` ``[B, Tk]`` as a tensor that says which keys are real, if it can be."""
-        keys = None if dialect.value(node).dtype.is_floating_point else truth(found)
-        if keys is not None:
-            self.rows.setdefault(keys, node)
 
     def _rule(self, node: fx.Node, index: Index) -> Value:
         if node.op in ("placeholder", "get_attr"):
@@ -206,10 +191,3 @@ def _leaf_fits(leaf: Value, dtype: torch.dtype) -> bool:
         )
     limits = torch.iinfo(dtype)
     return low is not None and high is not None and limits.min <= low and high <= limits.max
-
-
-def _spans(at: Affine, name: str, size: Affine) -> bool:
-    """Whether ``at`` runs over all of a dimension of ``size`` as the position ``name`` does."""
-    if size.constant == 1:
-        return at.constant == 0
-    return at == affine(Var(name, size))

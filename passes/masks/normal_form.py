@@ -1,14 +1,17 @@
-"""Name a lifted condition: causal(offset), window(w), padding and their conjunctions, or refuse."""
+"""Name a lifted condition: causal, window, chunk, prefix, document, padding, or refuse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from torch import fx
 
 from nsa_compile.passes import dialect
+from nsa_compile.passes.masks import documents
 from nsa_compile.passes.masks.affine import Affine, Var
+from nsa_compile.passes.masks.chunks import Chunk, chunk
 from nsa_compile.passes.masks.conditions import (
     FALSE,
     Condition,
@@ -18,7 +21,9 @@ from nsa_compile.passes.masks.conditions import (
     loads,
     variables,
 )
+from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.logic import all_of
+from nsa_compile.passes.masks.prefixes import prefix
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Mask
 
@@ -28,11 +33,26 @@ FindInteger = Callable[[Affine], "fx.Node | None"]
 
 @dataclass
 class _Terms:
-    """What a conjunction says so far: ``j <= i + above``, ``j >= i - below``, the real keys."""
+    """What a conjunction says so far.
+
+    ``j <= i + above``, ``j >= i - below``, the real keys, chunks, what else query and key must
+    have in common, and the prefix (whose alternative the two diagonals then are).
+    """
 
     above: Affine | None = None
     below: Affine | None = None
     keys: list[Condition] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    same: list[Condition] = field(default_factory=list)
+    prefix: Affine | None = None
+
+
+class _Refused(Exception):
+    """Carries the refusal out of the steps of :func:`classify`; never leaves this file."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.text)
+        self.refusal = refusal
 
 
 def classify(
@@ -40,7 +60,7 @@ def classify(
     mask: fx.Node | None,
     *,
     buffers: Iterable[fx.Node],
-    rows: Mapping[Condition, fx.Node],
+    lifter: Lifter,
     find_integer: FindInteger,
 ) -> Mask | Refusal:
     """The normal form of the condition under which query i sees key j.
@@ -48,40 +68,149 @@ def classify(
     Args:
         mask: the mask tensor, to name in a refusal.
         buffers: what the proof read, to be recorded.
-        rows: the graph's tensors ``[B, Tk]`` by the condition that they hold.
+        lifter: what lifted ``keep``; knows the tensors that hold its terms.
         find_integer: the node that holds a run-time offset.
     """
     if keep == FALSE:
         return _refusal(mask, "no key is ever visible")
-    terms = _Terms()
-    for conjunct in sorted(conjuncts(keep), key=repr):
-        refusal = _term(conjunct, terms, mask)
-        if refusal is not None:
-            return refusal
-    valid: fx.Node | None = None
-    if terms.keys:
-        valid = rows.get(all_of(terms.keys))
-        if valid is None:
-            return _unclassified(terms.keys, mask)
-    return _named(terms, mask, valid, tuple(sorted(buffers)), find_integer)
+    try:
+        namer = _Namer(mask, lifter, find_integer)
+        return namer.named(documents.straightened(keep, lifter), tuple(sorted(buffers)))
+    except _Refused as refused:
+        return refused.refusal
 
 
-def _term(conjunct: Condition, terms: _Terms, mask: fx.Node | None) -> Refusal | None:
-    rest = _without_diagonal(conjunct.of) if isinstance(conjunct, Ge) else None
-    if isinstance(conjunct, Ge) and rest is not None and not rest.loads():
+class _Namer:
+    """Sorts the terms of one condition and puts them together as a Mask."""
+
+    def __init__(self, mask: fx.Node | None, lifter: Lifter, find_integer: FindInteger) -> None:
+        self.mask = mask
+        self.lifter = lifter
+        self.find_integer = find_integer
+        self.terms = _Terms()
+
+    def named(self, keep: Condition, buffers: tuple[fx.Node, ...]) -> Mask:
+        terms = self.terms
+        # Alternatives last: a prefix must find the diagonals that stand beside it.
+        for conjunct in sorted(conjuncts(keep), key=lambda c: (not isinstance(c, Ge), repr(c))):
+            self._sort(conjunct)
+        causal, offset, window = self._diagonals()
+        size = self._chunk(offset)
+        ids = [documents.ids(each, self.lifter) for each in terms.same]
+        if len(ids) > 1 or None in ids:
+            raise _Refused(_unclassified(terms.same, self.mask))
+        segments = next((found for found in ids if found is not None), None)
+        return Mask(
+            causal=causal,
+            offset=self._integer(offset, "offset"),
+            window=window,
+            valid=self._valid(),
+            chunk=size,
+            prefix=self._prefix(),
+            segments=None if segments is None else (segments.query, segments.key),
+            segments_sorted=segments is not None and segments.in_order(offset, self.lifter),
+            buffers=buffers,
+        )
+
+    def _sort(self, conjunct: Condition) -> None:
+        if self._diagonal(conjunct):
+            return
+        part = chunk(conjunct)
+        if part is not None:
+            self.terms.chunks.append(part)
+        elif loads(conjunct) and {v.name for v in variables(conjunct)} <= {"b", "j"}:
+            self.terms.keys.append(conjunct)
+        elif documents.ids(conjunct, self.lifter) is not None:
+            self.terms.same.append(conjunct)
+        elif not self._alternatives(conjunct):
+            raise _Refused(_unclassified([conjunct], self.mask))
+
+    def _diagonal(self, conjunct: Condition) -> bool:
+        rest = _without_diagonal(conjunct.of) if isinstance(conjunct, Ge) else None
+        if not isinstance(conjunct, Ge) or rest is None or rest.loads():
+            return False
         upper = _sign(conjunct.of, "i") > 0
-        tight = _tighter(terms.above if upper else terms.below, rest)
+        tight = _tighter(self.terms.above if upper else self.terms.below, rest)
         if tight is None:
-            return _refusal(mask, f"two diagonals that cannot be compared, {_shown(conjunct)}")
+            self._refuse(f"two diagonals that cannot be compared, {_shown(conjunct)}")
         if upper:
-            terms.above = tight
+            self.terms.above = tight
         else:
-            terms.below = tight
-        return None
-    if loads(conjunct) and {v.name for v in variables(conjunct)} <= {"b", "j"}:
-        terms.keys.append(conjunct)
-        return None
-    return _unclassified([conjunct], mask)
+            self.terms.below = tight
+        return True
+
+    def _alternatives(self, conjunct: Condition) -> bool:
+        """A prefix: its keys are seen whatever the diagonals beside it say."""
+        found = prefix(conjunct)
+        if found is None:
+            return False
+        if self.terms.above is not None or self.terms.below is not None:
+            self._refuse("a prefix under a window of its own")
+        for part in conjuncts(found.local):
+            self._diagonal(part)
+        self.terms.prefix = found.length
+        return True
+
+    def _diagonals(self) -> tuple[bool, Affine, int | None]:
+        """causal, offset and window."""
+        above, below = self.terms.above, self.terms.below
+        if above is None:
+            if below is not None:
+                self._refuse("it hides the past and shows the future")
+            whole = next((part.offset for part in self.terms.chunks), Affine())
+            return False, whole, None
+        if below is None:
+            return True, above, None
+        two_sided = below == above and below.constant != 0
+        width = above + 1 if two_sided else above + below + 1
+        window = width.constant
+        if window is None or window < 1:
+            self._refuse(f"a window of {width!r}")
+        return (False, Affine(), window) if two_sided else (True, above, window)
+
+    def _chunk(self, offset: Affine) -> int | None:
+        """The size of the chunks of ``i + offset``, when all comparisons are about the same."""
+        parts = self.terms.chunks
+        if not parts:
+            return None
+        size = parts[0].size
+        if any((part.size, part.offset) != (size, offset) for part in parts):
+            self._refuse("chunks that do not start where its positions do")
+        # Keys up to the query's own are never past the end of its chunk.
+        ends = self.terms.above is not None and self.terms.prefix is None
+        if any(part.from_start for part in parts) and (ends or any(p.to_end for p in parts)):
+            return size
+        self._refuse(f"one end of a chunk of {size} only")
+
+    def _valid(self) -> fx.Node | None:
+        if not self.terms.keys:
+            return None
+        found = self.lifter.rows.valid.get(all_of(self.terms.keys))
+        if found is None:
+            raise _Refused(_unclassified(self.terms.keys, self.mask))
+        return found
+
+    def _prefix(self) -> int | fx.Node | None:
+        length = self.terms.prefix
+        if length is None:
+            return None
+        if not length.loads():
+            return self._integer(length, "prefix")
+        found = self.lifter.rows.ids.get(length)
+        if found is None:
+            self._refuse(f"no node of the graph holds the prefix {length!r}")
+        return found
+
+    def _integer(self, value: Affine, what: str) -> int | fx.Node:
+        if value.constant is not None:
+            return value.constant
+        found = self.find_integer(value)
+        if found is None:
+            self._refuse(f"no node of the graph holds the {what} {value!r}")
+        return found
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise _Refused(_refusal(self.mask, what))
 
 
 def _without_diagonal(of: Affine) -> Affine | None:
@@ -106,36 +235,6 @@ def _tighter(current: Affine | None, bound: Affine) -> Affine | None:
     return bound if difference < 0 else current
 
 
-def _named(
-    terms: _Terms,
-    mask: fx.Node | None,
-    valid: fx.Node | None,
-    buffers: tuple[fx.Node, ...],
-    find_integer: FindInteger,
-) -> Mask | Refusal:
-    above, below = terms.above, terms.below
-    if above is None:
-        if below is not None:
-            return _refusal(mask, "it hides the past and shows the future")
-        return Mask(causal=False, valid=valid, buffers=buffers)
-    if below is not None and below == above and below.constant != 0:
-        window = (above + 1).constant
-        if window is None or window < 1:
-            return _refusal(mask, f"a window of {above + 1!r}")
-        return Mask(causal=False, window=window, valid=valid, buffers=buffers)
-    window = None
-    if below is not None:
-        window = (above + below + 1).constant
-        if window is None or window < 1:
-            return _refusal(mask, f"a window of {above + below + 1!r}")
-    offset: int | fx.Node | None = above.constant
-    if offset is None:
-        offset = find_integer(above)
-    if offset is None:
-        return _refusal(mask, f"no node of the graph holds the offset {above!r}")
-    return Mask(causal=True, offset=offset, window=window, valid=valid, buffers=buffers)
-
-
 def _unclassified(terms: list[Condition], mask: fx.Node | None) -> Refusal:
     """Name the first node that the condition could not see through, or the condition itself."""
     found = [load for term in terms for load in loads(term)]
@@ -144,7 +243,9 @@ def _unclassified(terms: list[Condition], mask: fx.Node | None) -> Refusal:
         return _refusal(mask, f"the condition {_shown(terms[0])}")
     load = min(stopped, key=lambda each: each.node)
     at = ", ".join(repr(e) for e in load.index)
-    known_later = f"its value at [{at}] is only known at run time, and it is no [B, Tk] key padding"
+    known_later = (
+        f"its value at [{at}] is only known at run time, and it is no key padding or document id"
+    )
     return _refusal(load.node, load.why or known_later)
 
 

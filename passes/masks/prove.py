@@ -12,13 +12,14 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import views
-from nsa_compile.passes.masks.affine import Affine, Load, Var, affine, lower
+from nsa_compile.passes.masks.affine import Affine, Load, Var, affine
 from nsa_compile.passes.masks.conditions import CONDITIONS, FALSE, TRUE, Condition, ge, ne
 from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.logic import all_of, negation
 from nsa_compile.passes.masks.normal_form import classify
 from nsa_compile.passes.masks.sizes import Size
 from nsa_compile.passes.masks.term import Term, of_mask
+from nsa_compile.passes.masks.usable import every_row_sees_a_key, overwritten
 from nsa_compile.passes.masks.values import (
     Choice,
     Stuck,
@@ -121,27 +122,13 @@ class Prover:
         reader: fx.Node,
     ) -> Refusal | None:
         """Why a proven mask cannot stand for ``mask`` at ``reader`` all the same."""
-        if found.valid is not None:
-            # The rewritten graph reads the padding where the attention stands.
-            if self.lifter.mutations.version(found.valid, reader) is not found.valid:
-                return _refusal(found.valid, "it is written to in place before it is used")
-        if penalty is not None and not self._every_row_sees_a_key(found, geometry):
+        changed = overwritten(found, reader, self.lifter)
+        if changed is not None:
+            return _refusal(changed, "it is written to in place before it is used")
+        if penalty is not None and not every_row_sees_a_key(found, geometry, self.lifter):
             # Softmax over equal finite penalties averages over the keys that they should hide.
             return _refusal(mask, f"it adds {penalty} to whole rows: they hide nothing")
         return None
-
-    def _every_row_sees_a_key(self, mask: Mask, geometry: Geometry) -> bool:
-        """Whether every query sees a key, padding aside: rows of padding may hold anything."""
-        sizes = self.lifter.sizes
-        offset = sizes.integer(mask.offset) if mask.causal else Affine()
-        assert offset is not None
-        if mask.causal and not _at_least_zero(offset):
-            return False
-        if mask.window is None:
-            return True
-        # The last query stands at Tq - 1 + offset; its window must reach back to key Tk - 1.
-        last = sizes.affine(geometry.q_len) + offset - 1
-        return _at_least_zero(sizes.affine(geometry.kv_len) - 1 - last + (mask.window - 1))
 
     def positions(self, geometry: Geometry) -> views.Index:
         """The index (b, h, i, j) of one score; 0 where a dimension has one element."""
@@ -265,6 +252,7 @@ def _kept_constant(value: float, term: Term) -> _Kept | Refusal:
         return _refusal(term.node, f"it adds {value} times a number known at run time")
     added = value * (1.0 if term.factor is None else term.factor)
     if added <= MASKED:
+        added = max(added, term.floor)
         return _Kept(FALSE, None if added == -math.inf else added)
     return _refusal(term.node, f"it adds {added} to scores, which neither keeps nor hides a key")
 
@@ -277,11 +265,6 @@ def _ones(value: Value, term: Term) -> _Kept | Refusal:
     ones = truth(value)
     assert ones is not None
     return _Kept(TRUE, ones=ones)
-
-
-def _at_least_zero(integer: Affine) -> bool:
-    low = lower(integer)
-    return low is not None and low >= 0
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

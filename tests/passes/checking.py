@@ -94,9 +94,15 @@ def compare(site: AttentionSite, seen: dict[fx.Node, Any]) -> None:
     mask = site.mask
     assert isinstance(mask, Mask)
     q_len, kv_len = seen[site.query].shape[-2], seen[site.key].shape[-2]
-    valid = None if mask.valid is None else seen[mask.valid]
-    offset = seen[mask.offset] if isinstance(mask.offset, fx.Node) else None
-    proven = evaluate(mask, q_len, kv_len, valid=valid, offset=offset)
+    proven = evaluate(
+        mask,
+        q_len,
+        kv_len,
+        valid=None if mask.valid is None else seen[mask.valid],
+        offset=seen[mask.offset] if isinstance(mask.offset, fx.Node) else None,
+        prefix=seen[mask.prefix] if isinstance(mask.prefix, fx.Node) else None,
+        segments=mask.segments and (seen[mask.segments[0]], seen[mask.segments[1]]),
+    )
     real = torch.ones(q_len, kv_len, dtype=torch.bool)
     op = dialect.view(site.output)
     assert op is not None
@@ -107,8 +113,13 @@ def compare(site: AttentionSite, seen: dict[fx.Node, Any]) -> None:
         real = real & kept(seen[site.mask_node])
     proven, real = torch.broadcast_tensors(proven, real)
     assert torch.equal(proven, real), f"{mask.describe()} is not the mask of %{site.output.name}"
-    if mask.valid is not None:
-        assert valid.shape in {(seen[site.query].shape[0], kv_len), (1, kv_len)}
+    if mask.segments is not None and mask.segments_sorted:
+        queries, keys = (
+            seen[ids].reshape(-1, length)
+            for ids, length in zip(mask.segments, (q_len, kv_len), strict=True)
+        )
+        assert (keys.diff(dim=-1) >= 0).all(), "ids that were proven sorted are not"
+        assert q_len != kv_len or torch.equal(queries, keys)
 
 
 def kept(mask: torch.Tensor) -> torch.Tensor:
@@ -132,7 +143,8 @@ def _guards(gm: fx.GraphModule) -> int:
 def _needed(site: AttentionSite) -> list[fx.Node]:
     nodes = [site.query, site.key, site.mask_node]
     if isinstance(site.mask, Mask):
-        nodes += [site.mask.valid, site.mask.offset]
+        mask = site.mask
+        nodes += [mask.valid, mask.offset, mask.prefix, *(mask.segments or ())]
     return [n for n in nodes if isinstance(n, fx.Node)]
 
 
