@@ -76,3 +76,42 @@ class Visibility:
             theirs = self.key_segments[batch % len(self.key_segments)]
             mask = mask & (mine == theirs[keys.clamp(0, len(theirs) - 1)])
         return mask
+
+
+def key_bounds(
+    tiling: Tiling, visibility: Visibility, first_tile: int, last_tile: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Keys that some query of the tiles may see, and keys that each of them sees but for padding.
+
+    Half-open; low >= high where there are none.
+    """
+    positions = tiling.positions(first_tile, last_tile)
+    some, every = tiling.visible_keys(positions), tiling.fully_visible_keys(positions)
+    if visibility.ranges is not None:
+        mine = visibility.ranges[:, positions[0] - tiling.offset : positions[1] - tiling.offset]
+        low, high = (x.flatten() for x in mine.unbind(-1))
+        some = max(some[0], int(low.amin())), min(some[1], int(high.amax()))
+        every = max(every[0], int(low.amax())), min(every[1], int(high.amin()))
+    return some, every if visibility.query_segments is None else (0, 0)
+
+
+def whole_keys(tiling: Tiling, visibility: Visibility) -> Tensor:
+    """int64 [B or 1, NT, 2]: the keys that every query of a tile sees, but for padding."""
+    tiles = range(tiling.tiles)
+    every = [tiling.fully_visible_keys(tiling.positions(t, t + 1)) for t in tiles]
+    bounds = torch.tensor(every, dtype=torch.int64).view(1, -1, 2)
+    if visibility.query_segments is not None:
+        return torch.zeros_like(bounds)
+    if visibility.ranges is not None:
+        # The last tile may be short: its last query then stands for the missing ones.
+        rows = torch.arange(tiling.tiles * tiling.query_tile).clamp(max=tiling.q_len - 1)
+        low, high = visibility.ranges[:, rows].unflatten(1, (tiling.tiles, -1)).unbind(-1)
+        mine = torch.stack((low.amax(dim=2), high.amin(dim=2)), dim=-1)
+        bounds = torch.stack(
+            (
+                torch.maximum(bounds[..., 0], mine[..., 0]),
+                torch.minimum(bounds[..., 1], mine[..., 1]),
+            ),
+            dim=-1,
+        )
+    return bounds

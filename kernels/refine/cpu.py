@@ -5,17 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.attend.plan import Plan, Run
+from nsa_compile.kernels.attend.plan import Workspace
 from nsa_compile.kernels.geometry import Tiling
+from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.precision import accumulator
 from nsa_compile.kernels.refine.ranking import best_candidates, forced_candidates
-from nsa_compile.kernels.visibility import Visibility
+from nsa_compile.kernels.score.logits import add_alibi_, cap_, softmax_
+from nsa_compile.kernels.visibility import Visibility, sees, whole_keys
+from nsa_compile.kernels.workers import share_pairs
+
+# Elements of the keys that a run of tiles gathers: half a megabyte of float32. Their logits take as
+# much for tiles of 64; both stay in an L2 cache.
+_GATHERED = 1 << 17
 
 
 def refine_blocks(
-    q: Tensor, k: Tensor, candidates: Tensor, valid: Tensor | None, scale: float, causal: bool,
-    offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
-    init_blocks: int, local_window: int,
+    q: Tensor, k: Tensor, candidates: Tensor, visibility: Visibility, modifiers: Modifiers,
+    scale: float, causal: bool, offset: int, window: int | None, query_tile: int, block: int,
+    num_selected: int, init_blocks: int, local_window: int,
 ) -> Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n] out of ``candidates`` [B, Hkv, NT, m]; see the reference."""
     tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
@@ -23,25 +30,109 @@ def refine_blocks(
         candidates, q.shape[2], causal, offset, query_tile, block, init_blocks, local_window
     )
     free, order = _free_first(candidates.masked_fill(forced, -1))
-    plan = Plan(free, q.shape[1] // k.shape[1], tiling, Visibility(valid))
-    wide = accumulator(q.dtype)
-    shares = q.new_zeros(free.shape, dtype=wide)
-    for pair in plan.pairs(slice(None)):
-        keys = pair.table("keys", k, wide)
-        for run in pair.runs(k.shape[3]):
-            rows = (run.of(q).to(wide) * scale).reshape(run.tiles, -1, k.shape[3])
-            best = _best(run, rows, keys)
-            # A query that sees none of them gives NaN, and has no say.
-            weight = torch.softmax(best, dim=2).nan_to_num_(0.0).amax(dim=1)
-            shares[pair.batch, pair.head, run.first : run.stop, : weight.shape[1]] = weight
+    cut = _cut_blocks(free, tiling, visibility)
+    shares = q.new_zeros(free.shape, dtype=accumulator(q.dtype))
+    batch, kv_heads = k.shape[:2]
+
+    def weigh(pairs: slice) -> None:
+        weighing = _Weighing(q, k, scale, tiling, visibility, modifiers)
+        for pair in range(pairs.start, pairs.stop):
+            place = divmod(pair, kv_heads)
+            shares[place] = weighing.shares(place, free[place], cut[place])
+
+    share_pairs(batch * kv_heads, batch * q.shape[1] * q.shape[2] * free.shape[3] * block, weigh)
     scores = shares.new_zeros(candidates.shape).scatter_(3, order, shares)
     return best_candidates(candidates, forced, scores, num_selected)
 
 
-def _best(run: Run, rows: Tensor, keys: Tensor) -> Tensor:
-    """[tiles, G * rows, slots]: the largest logit of each row in each block."""
-    logits, _ = run.logits("logits", rows, run.read("run keys", keys))
-    return logits.unflatten(2, (-1, run.tiling.block)).amax(dim=3)
+class _Weighing:
+    """What the queries of each tile of a pair (batch entry, kv head) give its free candidates."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, scale: float, tiling: Tiling, visibility: Visibility,
+        modifiers: Modifiers,
+    ) -> None:  # fmt: skip
+        self.k, self.scale, self.tiling = k, scale, tiling
+        self.visibility, self.modifiers = visibility, modifiers
+        self.q = q.unflatten(1, (k.shape[1], -1))
+        wide, rows = accumulator(q.dtype), tiling.tiles * tiling.query_tile
+        # Rows that complete the last tile, and keys that complete the last block, stay 0.
+        self._rows = q.new_zeros(self.q.shape[2], rows, q.shape[3], dtype=wide)
+        self._keys = q.new_zeros(tiling.blocks * tiling.block, q.shape[3], dtype=wide)
+        self._workspace = Workspace()
+
+    def shares(self, place: tuple[int, int], free: Tensor, cut: Tensor) -> Tensor:
+        """[NT, m]: what the row that wants a candidate most gives it, of a sum of 1 a row.
+
+        ``free`` [NT, m] ends with -1; ``cut`` says which of them some row does not see whole.
+        """
+        tiling, (group, _, dim) = self.tiling, self._rows.shape
+        self._rows[:, : tiling.q_len] = self.q[place]
+        self._rows.mul_(self.scale)
+        self._keys[: tiling.kv_len] = self.k[place]
+        columns = self._rows.unflatten(1, (tiling.tiles, -1)).permute(1, 3, 0, 2).flatten(2)
+        best = columns.new_full((*free.shape, columns.shape[2]), -torch.inf)
+        listed, masked = (free >= 0).sum(dim=1).tolist(), cut.any(dim=1).tolist()
+        step = max(1, _GATHERED // (free.shape[1] * tiling.block * dim))
+        for first in range(0, tiling.tiles, step):
+            tiles = slice(first, min(first + step, tiling.tiles))
+            slots = max(listed[tiles])
+            if slots:
+                mine = free[tiles, :slots]
+                logits = self._products(place, mine, columns[tiles], first)
+                torch.amax(logits, dim=2, out=best[tiles, :slots])
+                if any(masked[tiles]):
+                    at = cut[tiles, :slots].nonzero().unbind(1)
+                    hidden = self._hidden(place[0], mine[at], at[0] + first)[:, :, None]
+                    seen = logits[at].unflatten(2, (group, -1)).masked_fill_(hidden, -torch.inf)
+                    best[tiles, :slots][at] = seen.amax(dim=1).flatten(1)
+        if self.modifiers.slopes is None:
+            # Without slopes the cap is monotone and waits for the maxima.
+            cap_(best, self.modifiers)
+        best.masked_fill_((free < 0)[..., None], -torch.inf)
+        last = best[-1].unflatten(1, (group, -1))
+        last[..., tiling.q_len - (tiling.tiles - 1) * tiling.query_tile :] = -torch.inf
+        return softmax_(best, dim=1).amax(dim=2)
+
+    def _products(
+        self, place: tuple[int, int], listed: Tensor, columns: Tensor, first: int
+    ) -> Tensor:
+        """Logits [tiles, slots, L, G * rows] of listed blocks [tiles, slots], without the mask."""
+        tiling, (tiles, slots) = self.tiling, listed.shape
+        table, take = self._keys.view(tiling.blocks, -1), self._workspace.take
+        keys = take("keys", table.dtype, listed.numel(), table.shape[1])
+        torch.index_select(table, 0, listed.clamp(min=0).flatten(), out=keys)
+        keys = keys.view(tiles, -1, columns.shape[1])
+        logits = take("logits", table.dtype, tiles, keys.shape[1], columns.shape[2])
+        torch.bmm(keys, columns, out=logits)
+        if self.modifiers.slopes is not None:
+            tile = torch.arange(first, first + tiles)[:, None] * tiling.query_tile + tiling.offset
+            number = (listed[..., None] * tiling.block + torch.arange(tiling.block)).flatten(1)
+            by_head = cap_(logits, self.modifiers).unflatten(2, (self.q.shape[2], -1))
+            add_alibi_(by_head, self.modifiers, place, tile, number, tiling.kv_len)
+        return logits.unflatten(1, (slots, -1))
+
+    def _hidden(self, entry: int, blocks: Tensor, tiles: Tensor) -> Tensor:
+        """bool [m, L, rows]: keys of the blocks [m] that the rows of the tiles [m] do not see."""
+        tiling = self.tiling
+        keys = blocks[:, None, None] * tiling.block + torch.arange(tiling.block)[:, None]
+        rows = tiles[:, None, None] * tiling.query_tile + torch.arange(tiling.query_tile)
+        seen = sees(rows + tiling.offset, keys, tiling)
+        return ~(seen & self.visibility.sees(entry, rows.clamp(max=tiling.q_len - 1), keys))
+
+
+def _cut_blocks(free: Tensor, tiling: Tiling, visibility: Visibility) -> Tensor:
+    """bool [B, Hkv, NT, m]: listed blocks that some row of the tile does not see whole."""
+    low, high = whole_keys(tiling, visibility)[:, None, :, :, None].unbind(3)
+    start = free * tiling.block
+    whole = (start >= low) & (start + tiling.block <= high)
+    if visibility.valid is not None:
+        short = tiling.blocks * tiling.block - tiling.kv_len
+        valid = torch.nn.functional.pad(visibility.valid, (0, short))
+        valid = valid.unflatten(1, (tiling.blocks, -1)).all(dim=2)[:, None, None]
+        index = free.clamp(min=0).long()
+        whole &= valid.expand(*free.shape[:3], -1).gather(3, index)
+    return (free >= 0) & ~whole
 
 
 def _free_first(free: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.autograd import not_differentiable
 from nsa_compile.kernels.launchers import launchers
+from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.refine import cpu
+from nsa_compile.kernels.visibility import Visibility
 
 _lib = torch.library.Library("nsa", "FRAGMENT")
 _lib.define(
@@ -58,7 +60,11 @@ def _dispatch(implementation: Any) -> Any:
     return kernel
 
 
-_lib.impl("refine_blocks", _dispatch(lambda: cpu.refine_blocks), "CPU")
+def _cpu(q: Tensor, k: Tensor, candidates: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
+    return cpu.refine_blocks(q, k, candidates, Visibility(valid), Modifiers(), *rest)
+
+
+_lib.impl("refine_blocks", _dispatch(lambda: _cpu), "CPU")
 _lib.impl("refine_blocks", _dispatch(lambda: launchers("refine").refine_blocks), "CUDA")
 
 not_differentiable(_lib, "refine_blocks")

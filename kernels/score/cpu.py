@@ -1,269 +1,285 @@
 """Channel statistic and block scores in plain PyTorch, memory linear in T.
 
-Scores are computed for a run of tiles at a time, over the prefix of keys those tiles can see, in
-pieces of logits that stay in cache; of a piece only the block maxima are kept.
+Scores are computed for a run of tiles at a time, over the keys those tiles can see, in pieces of
+logits that stay in cache; of a piece only the block maxima are kept.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from nsa_compile.kernels import geometry
+from nsa_compile.kernels.attend.plan import Workspace
 from nsa_compile.kernels.geometry import Tiling
+from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.precision import accumulator
-from nsa_compile.kernels.visibility import holds_valid_key, sees
+from nsa_compile.kernels.score.logits import Masks, add_alibi_, cap_, softmax_, tile_sum
+from nsa_compile.kernels.visibility import Visibility, holds_valid_key, key_bounds
+from nsa_compile.kernels.workers import share_pairs
 
-# Logits held at once for each thread, in elements: 1 MB of float32, half of an L2 cache. Pieces of
-# four times that take a third longer.
-_PIECE = 1 << 19
+# Logits held at once, in elements: 1 MB of float32, half of an L2 cache. Twice that takes a tenth
+# longer, half of it too.
+_PIECE = 1 << 18
 # Rows (heads of the group x queries) of one run of tiles.
 _ROWS = 512
-_KEPT_MASKS = 16
+# Elements of q or k squared at once.
+_SQUARED = 1 << 17
 
 
 def channels(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int) -> Tensor:
     """int32 [B, Hkv, r], ascending: the channels with the largest ``E[q_c^2] * Var[k_c]``."""
-    batch, _, _, dim = q.shape
-    wide = accumulator(q.dtype)
-    energy = _squares(q.to(wide)).view(batch, k.shape[1], -1, dim).mean(dim=2)
-    strength = energy * _variance(k.to(wide), valid)
+    batch, kv_heads, _, dim = k.shape
+    queries = q.unflatten(1, (kv_heads, -1))
+    strength = k.new_empty(batch, kv_heads, dim, dtype=accumulator(k.dtype))
+
+    def weigh(pairs: slice) -> None:
+        for pair in range(pairs.start, pairs.stop):
+            entry, head = place = divmod(pair, kv_heads)
+            seen = None if valid is None else valid[entry]
+            # The mean of q^2 would divide all channels alike.
+            energy = _squares(queries[place], None, None)
+            strength[place] = energy * _variance(k[entry, head : head + 1], seen)
+
+    share_pairs(batch * kv_heads, q.numel() + k.numel(), weigh)
     order = strength.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :num_channels].sort(dim=-1).values.to(torch.int32)
 
 
 def _variance(k: Tensor, valid: Tensor | None) -> Tensor:
-    """[B, Hkv, D]: over the valid keys."""
+    """[D]: over the valid keys of k [1, Tk, D]."""
+    wide = accumulator(k.dtype)
     if valid is None:
-        return _squares(k - k.mean(dim=2, keepdim=True)) / k.shape[2]
-    seen = valid[:, None, :, None]
-    count = valid.sum(dim=1).clamp(min=1)[:, None, None]
-    mean = k.where(seen, 0.0).sum(dim=2) / count
-    return (k - mean[:, :, None]).where(seen, 0.0).square_().sum(dim=2) / count
+        return _squares(k, k.mean(dim=(0, 1), dtype=wide), None) / k.shape[1]
+    count = valid.sum().clamp(min=1)
+    mean = k.where(valid[:, None], 0.0).sum(dim=(0, 1), dtype=wide) / count
+    return _squares(k, mean, valid) / count
 
 
-def _squares(x: Tensor) -> Tensor:
-    """Sum of squares over dimension 2; a product and a sum are faster than a norm or var here."""
-    return (x * x).sum(dim=2)
+def _squares(x: Tensor, centre: Tensor | None, valid: Tensor | None) -> Tensor:
+    """[D]: the squares of ``x - centre`` [H, T, D] summed over H and the valid T.
+
+    A piece at a time, in cache; a product and a sum are faster than a norm or var.
+    """
+    heads, length, dim = x.shape
+    total = x.new_zeros(dim, dtype=accumulator(x.dtype))
+    step = max(1, _SQUARED // (heads * dim))
+    for at in range(0, length, step):
+        part = x[:, at : at + step].to(total.dtype)
+        if centre is not None:
+            part = part - centre
+        if valid is not None:
+            # where, not a product: padding may hold anything, inf and NaN included.
+            part = part.where(valid[at : at + step, None], 0.0)
+        total += (part * part).sum(dim=(0, 1))
+    return total
 
 
-class ChannelScorer:
-    """Block scores of scorer "channels"; ``scores`` gives [pairs, tiles, Ns] for a run of tiles.
+class _Scorer:
+    """Queries, keys and mask of some pairs: a batch entry and a kv head each.
 
-    A pair is one batch entry and one kv head. Padding keys carry a bias of -inf in one more
-    channel; the keys that complete the last block repeat its last key, which changes no maximum.
+    Padding keys carry a bias of -inf in one more channel.
+    """
+
+    rows: Tensor  # [pairs, G, Tq, X], scaled
+    keys: Tensor  # [pairs, keys, X]
+
+    def __init__(
+        self, k: Tensor, group: int, visibility: Visibility, modifiers: Modifiers, tiling: Tiling,
+        pairs: range,
+    ) -> None:  # fmt: skip
+        self.group, self.tiling = group, tiling
+        self.visibility, self.modifiers = visibility, modifiers
+        self.places = [divmod(pair, k.shape[1]) for pair in pairs]
+        self.wide = accumulator(k.dtype)
+        self._workspace = Workspace()
+        self.masks = Masks(tiling, visibility, self.wide, self._workspace)
+
+    def columns(self, positions: tuple[int, int]) -> Tensor:
+        """[pairs, X, G * rows]: the queries at some positions."""
+        start, stop = (p - self.tiling.offset for p in positions)
+        return self.rows[:, :, start:stop].flatten(1, 2).transpose(1, 2)
+
+    def memory(self, keys: int, columns: int) -> Tensor:
+        """Uninitialised [keys, columns], the same memory every time."""
+        return self._workspace.take("logits", self.wide, keys, columns)
+
+    def add_alibi_(self, logits: Tensor, pair: int, query: int, keys: range) -> Tensor:
+        """ALiBi as seen from the position ``query``, on logits [keys, G, rows]."""
+        at = torch.tensor(query), torch.arange(keys.start, keys.stop, keys.step)
+        return add_alibi_(logits, self.modifiers, self.places[pair], *at, self.tiling.kv_len)
+
+
+class ChannelScorer(_Scorer):
+    """Block scores of scorer "channels".
+
+    The keys that complete the last block repeat its last key, which changes no maximum.
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scale: float,
-        tiling: Tiling,
+        self, q: Tensor, k: Tensor, summary: Tensor, visibility: Visibility, modifiers: Modifiers,
+        scale: float, tiling: Tiling, pairs: range,
     ) -> None:  # fmt: skip
-        self.tiling = tiling
-        wide = accumulator(q.dtype)
-        index = summary.long()[:, :, None, :]
-        group = q.shape[1] // k.shape[1]
-        rows = q.unflatten(1, (k.shape[1], group))
-        rows = rows.gather(4, index[:, :, None].expand(*rows.shape[:4], -1)).to(wide) * scale
-        keys = k.gather(3, index.expand(*k.shape[:3], -1)).to(wide)
-        if valid is not None:
-            rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
-            keys = _with_bias(keys, valid)
-        short = tiling.blocks * tiling.block - tiling.kv_len
-        if short:
-            keys = torch.cat((keys, keys[:, :, -1:].expand(-1, -1, short, -1)), dim=2)
-        self.rows = rows.flatten(0, 1)
-        self.keys = keys.flatten(0, 1)
-        self.group = group
-        self._logits = torch.empty(0, dtype=wide)
-        self._hidden: dict[tuple[int, ...], Tensor] = {}
-
-    def of(self, pairs: slice) -> ChannelScorer:
-        """The same for some pairs, with buffers of its own."""
-        part = copy.copy(self)
-        part.rows, part.keys = self.rows[pairs], self.keys[pairs]
-        part._logits, part._hidden = self._logits.new_empty(0), {}
-        return part
+        super().__init__(k, q.shape[1] // k.shape[1], visibility, modifiers, tiling, pairs)
+        kept, length = summary.shape[2], tiling.kv_len
+        width = kept + (visibility.valid is not None)
+        self.rows = q.new_ones(len(pairs), self.group, q.shape[2], width, dtype=self.wide)
+        self.keys = k.new_zeros(len(pairs), tiling.blocks * tiling.block, width, dtype=self.wide)
+        for (entry, head), rows, keys in zip(self.places, self.rows, self.keys, strict=True):
+            picked = summary[entry, head].long()
+            for row, queries in zip(rows, q[entry, head * self.group :], strict=False):
+                row[:, :kept] = queries.index_select(1, picked)
+            keys[:length, :kept] = k[entry, head].index_select(1, picked)
+            if visibility.valid is not None:
+                _silence(keys[:length], visibility.valid[entry])
+            keys[length:] = keys[length - 1]
+        self.rows[..., :kept] *= scale
 
     def run_of_tiles(self) -> int:
         """Tiles to score together."""
         return max(1, _ROWS // (self.group * self.tiling.query_tile))
 
     def scores(self, first_tile: int, last_tile: int) -> Tensor:
-        tiling, count = self.tiling, last_tile - first_tile
-        out = self.keys.new_zeros(self.keys.shape[0], count, tiling.blocks)
-        positions = tiling.positions(first_tile, last_tile)
-        low, high = tiling.visible_keys(positions)
-        first, stop = low // tiling.block, geometry.num_blocks(high, tiling.block)
-        if low >= high:
+        """[pairs, tiles, Ns] for the tiles ``[first_tile, last_tile)``."""
+        tiling, block = self.tiling, self.tiling.block
+        out = self.keys.new_zeros(len(self.keys), last_tile - first_tile, tiling.blocks)
+        seen, clear = key_bounds(tiling, self.visibility, first_tile, last_tile)
+        if seen[0] >= seen[1]:
             return out
-        start = positions[0] - tiling.offset
-        rows = self.rows[:, :, start : start + positions[1] - positions[0]]
-        size = self.group * rows.shape[2] * (stop - first) * tiling.block
-        for part in _parts(self.keys.shape[0], max(1, _piece() // size)):
-            best = self._best(rows[part], self.keys[part], positions, (first, stop))
-            weight = torch.softmax(best, dim=1).nan_to_num_(0.0)
-            weight = weight.unflatten(2, (self.group, -1)).sum(dim=2)
-            out[part, :, first:stop] = _tile_sum(weight, tiling.query_tile).transpose(1, 2)
+        first, stop = seen[0] // block, geometry.num_blocks(seen[1], block)
+        whole = tiling.blocks if clear[1] == tiling.kv_len else clear[1] // block
+        whole = geometry.num_blocks(clear[0], block), whole
+        best = self._best(tiling.positions(first_tile, last_tile), (first, stop), whole)
+        for scores, logits in zip(out, best, strict=True):
+            shares = softmax_(logits, dim=0).unflatten(1, (self.group, -1))
+            scores[:, first:stop] = tile_sum(shares, tiling.query_tile)
         return out
 
     def _best(
-        self, rows: Tensor, keys: Tensor, positions: tuple[int, int], blocks: tuple[int, int]
+        self, positions: tuple[int, int], blocks: tuple[int, int], whole: tuple[int, int]
     ) -> Tensor:
-        """[pairs, blocks, G * rows]: largest logit of each row in each block, -inf if none."""
-        tiling, block = self.tiling, self.tiling.block
-        queries = rows.flatten(1, 2).transpose(1, 2)
-        best = queries.new_empty(rows.shape[0], blocks[1] - blocks[0], queries.shape[2])
-        step = max(1, _piece() // (queries.shape[0] * queries.shape[2] * block))
-        for first, stop, masked in _regions(tiling, positions, blocks):
-            for at in range(first, stop, step):
-                end = min(stop, at + step)
-                logits = self._matmul(keys[:, at * block : end * block], queries)
-                if masked:
-                    logits.unflatten(2, (self.group, -1)).add_(self._bias(positions, (at, end)))
-                torch.amax(
-                    logits.unflatten(1, (end - at, block)), dim=2,
-                    out=best[:, at - blocks[0] : end - blocks[0]],
-                )  # fmt: skip
-        return best
+        """[pairs, blocks, G * rows]: largest logit of each row in each block, -inf if none.
 
-    def _matmul(self, keys: Tensor, queries: Tensor) -> Tensor:
-        shape = (keys.shape[0], keys.shape[1], queries.shape[2])
-        size = shape[0] * shape[1] * shape[2]
-        if self._logits.numel() < size:
-            self._logits = keys.new_empty(size)
-        return torch.bmm(keys, queries, out=self._logits[:size].view(shape))
-
-    def _bias(self, positions: tuple[int, int], blocks: tuple[int, int]) -> Tensor:
-        """[keys, 1, rows]: 0 where a position sees a key, -inf elsewhere.
-
-        Along the diagonal runs of tiles have the same few masks, so they are kept.
+        Every row sees the blocks ``whole``.
         """
-        first, stop = blocks[0] * self.tiling.block, blocks[1] * self.tiling.block
-        real = min(stop, self.tiling.kv_len) - first
-        place = (positions[0] - first, positions[1] - first, stop - first, real)
-        if place not in self._hidden:
-            seen = sees(torch.arange(*positions), torch.arange(first, stop)[:, None], self.tiling)
-            bias = torch.zeros(seen.shape, dtype=self.rows.dtype).masked_fill_(~seen, -torch.inf)
-            if len(self._hidden) >= _KEPT_MASKS:
-                self._hidden.clear()
-            self._hidden[place] = bias[:, None]
-        return self._hidden[place]
+        block, sloped = self.tiling.block, self.modifiers.slopes is not None
+        queries = self.columns(positions)
+        width = queries.shape[2]
+        best = queries.new_empty(len(queries), blocks[1] - blocks[0], width)
+        step = max(1, _PIECE // (width * block))
+        for at, end, masked in _pieces(blocks, whole, step):
+            keys = range(at * block, end * block)
+            logits = self.memory(len(keys), width)
+            by_block = logits.view(end - at, block, -1)
+            by_head = logits.view(len(keys), self.group, -1)
+            mine = self.keys[:, keys.start : keys.stop].unbind()
+            maxima = best[:, at - blocks[0] : end - blocks[0]].unbind()
+            for pair, (entry, _) in enumerate(self.places):
+                torch.mm(mine[pair], queries[pair], out=logits)
+                if sloped:
+                    self.add_alibi_(cap_(by_head, self.modifiers), pair, positions[0], keys)
+                if masked:
+                    by_head.add_(self.masks.bias(entry, positions, keys))
+                torch.amax(by_block, dim=1, out=maxima[pair])
+        # Without slopes the cap is monotone and waits for the maxima.
+        return best if sloped else cap_(best, self.modifiers)
 
 
-class MeanScorer:
-    """Block scores of scorer "mean"; ``scores`` gives [pairs, tiles, Ns] for a run of tiles."""
+class MeanScorer(_Scorer):
+    """Block scores of scorer "mean"; a compressed block stands where its last key stands."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scale: float,
-        tiling: Tiling, compress_block: int, compress_stride: int,
+        self, q: Tensor, k: Tensor, summary: Tensor, visibility: Visibility, modifiers: Modifiers,
+        scale: float, tiling: Tiling, pairs: range, compress_block: int, compress_stride: int,
     ) -> None:  # fmt: skip
-        wide = accumulator(q.dtype)
-        self.tiling, self.group = tiling, q.shape[1] // k.shape[1]
+        visibility = replace(visibility, query_segments=None, key_segments=None)
+        super().__init__(k, q.shape[1] // k.shape[1], visibility, modifiers, tiling, pairs)
         self.length, self.stride = compress_block, compress_stride
-        rows = q.unflatten(1, (k.shape[1], self.group)).to(wide) * scale
-        keys = summary.to(wide)
-        if valid is not None:
-            rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
-            keys = _with_bias(keys, holds_valid_key(valid, compress_block, compress_stride))
-        self.rows, self.keys = rows.flatten(0, 1), keys.flatten(0, 1)
-        self.last = torch.arange(summary.shape[2]) * compress_stride + compress_block - 1
-
-    def of(self, pairs: slice) -> MeanScorer:
-        """The same for some pairs."""
-        part = copy.copy(self)
-        part.rows, part.keys = self.rows[pairs], self.keys[pairs]
-        return part
+        dim, width = k.shape[3], k.shape[3] + (visibility.valid is not None)
+        self.rows = q.new_ones(len(pairs), self.group, q.shape[2], width, dtype=self.wide)
+        self.keys = k.new_zeros(len(pairs), summary.shape[2], width, dtype=self.wide)
+        for (entry, head), rows, keys in zip(self.places, self.rows, self.keys, strict=True):
+            rows[..., :dim] = q[entry, head * self.group : (head + 1) * self.group]
+            keys[:, :dim] = summary[entry, head]
+            if visibility.valid is not None:
+                holds = holds_valid_key(visibility.valid[entry, None], self.length, self.stride)
+                _silence(keys, holds[0])
+        self.rows[..., :dim] *= scale
 
     def run_of_tiles(self) -> int:
         """Tiles to score together."""
-        rows = min(_ROWS, 4 * _piece() // max(1, self.keys.shape[1]))
+        rows = min(_ROWS, _PIECE // max(1, self.keys.shape[1]))
         return max(1, rows // (self.group * self.tiling.query_tile))
 
     def scores(self, first_tile: int, last_tile: int) -> Tensor:
-        tiling, count = self.tiling, last_tile - first_tile
-        out = self.keys.new_zeros(self.keys.shape[0], count, tiling.blocks)
-        positions = tiling.positions(first_tile, last_tile)
-        first, stop = self._complete(tiling.visible_keys(positions))
+        """[pairs, tiles, Ns] for the tiles ``[first_tile, last_tile)``."""
+        tiling, modifiers = self.tiling, self.modifiers
+        out = self.keys.new_zeros(len(self.keys), last_tile - first_tile, tiling.blocks)
+        seen, clear = key_bounds(tiling, self.visibility, first_tile, last_tile)
+        (first, stop), whole = self._complete(seen), self._complete(clear)
         if first >= stop:
             return out
-        start = positions[0] - tiling.offset
-        rows = self.rows[:, :, start : start + positions[1] - positions[0]]
-        size = self.group * rows.shape[2] * (stop - first)
-        for part in _parts(self.keys.shape[0], max(1, _piece() // size)):
-            logits = rows[part].flatten(1, 2) @ self.keys[part, first:stop].transpose(1, 2)
-            logits = logits.unflatten(1, (self.group, -1))
-            self._hide(logits, positions, (first, stop))
-            weight = torch.softmax(logits, dim=-1).nan_to_num_(0.0).sum(dim=1)
-            weight = _tile_sum(weight.transpose(1, 2), tiling.query_tile).transpose(1, 2)
-            self._spread(weight, first, out[part])
+        positions = tiling.positions(first_tile, last_tile)
+        columns = self.columns(positions)
+        for pair, (entry, _) in enumerate(self.places):
+            logits = self.memory(stop - first, columns.shape[2])
+            torch.mm(self.keys[pair, first:stop], columns[pair], out=logits)
+            logits = cap_(logits.unflatten(1, (self.group, -1)), modifiers)
+            if modifiers.slopes is not None:
+                self.add_alibi_(logits, pair, positions[0], self._last_keys(first, stop))
+            for at, end, masked in _pieces((first, stop), whole, stop - first):
+                if masked:
+                    bias = self.masks.bias(entry, positions, self._last_keys(at, end))
+                    logits[at - first : end - first].add_(bias)
+            weight = tile_sum(softmax_(logits, dim=0), tiling.query_tile)
+            self._spread(weight, first, out[pair])
         return out
+
+    def _last_keys(self, first: int, stop: int) -> range:
+        """The last key of each of the compressed blocks ``[first, stop)``."""
+        last = self.length - 1
+        return range(last + first * self.stride, last + stop * self.stride, self.stride)
 
     def _complete(self, keys: tuple[int, int]) -> tuple[int, int]:
         """Compressed blocks whose last key is in the range."""
         first = max(0, -((self.length - 1 - keys[0]) // self.stride))
-        stop = geometry.complete_compressed(keys[1] - 1, self.length, self.stride, len(self.last))
-        return first, stop
-
-    def _hide(self, logits: Tensor, positions: tuple[int, int], columns: tuple[int, int]) -> None:
-        clear = self._complete(self.tiling.fully_visible_keys(positions))
-        clear = max(clear[0], columns[0]), min(clear[1], columns[1])
-        edges = (
-            [columns] if clear[0] >= clear[1] else [(columns[0], clear[0]), (clear[1], columns[1])]
-        )
-        rows = torch.arange(*positions)[:, None]
-        for low, high in edges:
-            if low < high:
-                hidden = ~sees(rows, self.last[low:high], self.tiling)
-                logits[..., low - columns[0] : high - columns[0]].masked_fill_(hidden, -torch.inf)
+        count = self.keys.shape[1]
+        return first, geometry.complete_compressed(keys[1] - 1, self.length, self.stride, count)
 
     def _spread(self, weight: Tensor, first: int, out: Tensor) -> None:
-        """Add [pairs, tiles, columns] compressed-block weights to the blocks they overlap."""
+        """Add [tiles, columns] compressed-block weights to the blocks they overlap."""
         step = self.tiling.block // self.stride
         pairs = geometry.overlap_weights(self.length, self.stride, self.tiling.block)
         before = -pairs[0][0]
-        room = (out.shape[2] - 1) * step + pairs[-1][0] + before + 1
-        padded = weight.new_zeros(*weight.shape[:2], max(room, before + first + weight.shape[2]))
-        padded[..., before + first : before + first + weight.shape[2]] = weight
+        room = (out.shape[1] - 1) * step + pairs[-1][0] + before + 1
+        padded = weight.new_zeros(len(weight), max(room, before + first + weight.shape[1]))
+        padded[:, before + first : before + first + weight.shape[1]] = weight
         for delta, share in pairs:
             start = before + delta
-            columns = padded[..., start : start + (out.shape[2] - 1) * step + 1 : step]
+            columns = padded[:, start : start + (out.shape[1] - 1) * step + 1 : step]
             out.add_(columns, alpha=share)
 
 
-def _with_bias(keys: Tensor, valid: Tensor) -> Tensor:
-    """One more channel: 0 for a valid key, -inf for one that must lose every maximum."""
-    bias = torch.zeros_like(valid, dtype=keys.dtype).masked_fill_(~valid, -torch.inf)
-    bias = bias[:, None, :, None].expand(*keys.shape[:3], 1)
-    # where: whatever padding holds, its logit must be -inf and not NaN.
-    return torch.cat((keys.where(valid[:, None, :, None], 0.0), bias), dim=3)
+def _silence(keys: Tensor, valid: Tensor) -> None:
+    """Make keys [keys, X] that are not valid lose every maximum, by their last channel."""
+    # Whatever padding holds, its logit must be -inf and not NaN.
+    keys.masked_fill_(~valid[:, None], 0.0)
+    keys[:, -1].masked_fill_(~valid, -torch.inf)
 
 
-def _piece() -> int:
-    return _PIECE * torch.get_num_threads()
-
-
-def _parts(total: int, size: int) -> list[slice]:
-    return [slice(at, min(total, at + size)) for at in range(0, total, size)]
-
-
-def _regions(
-    tiling: Tiling, positions: tuple[int, int], blocks: tuple[int, int]
-) -> list[tuple[int, int, bool]]:
-    """Split ``blocks`` into runs (first, stop, masked): those every row sees whole need no mask."""
-    low, high = tiling.fully_visible_keys(positions)
-    first = geometry.num_blocks(low, tiling.block)
-    stop = tiling.blocks if high == tiling.kv_len else high // tiling.block
-    first, stop = max(first, blocks[0]), min(stop, blocks[1])
-    if first >= stop:
-        return [(*blocks, True)]
-    return [(blocks[0], first, True), (first, stop, False), (stop, blocks[1], True)]
-
-
-def _tile_sum(weight: Tensor, query_tile: int) -> Tensor:
-    """[pairs, X, rows] -> [pairs, X, tiles]: sum over each tile's rows; the last may be short."""
-    short = -weight.shape[2] % query_tile
-    if short:
-        weight = torch.nn.functional.pad(weight, (0, short))
-    return weight.unflatten(2, (-1, query_tile)).sum(dim=3)
+def _pieces(
+    units: tuple[int, int], whole: tuple[int, int], step: int
+) -> Iterator[tuple[int, int, bool]]:
+    """``units`` in runs (first, stop, masked) of at most ``step``; ``whole`` ones need no mask."""
+    first = min(max(units[0], whole[0]), units[1])
+    stop = min(max(first, whole[1]), units[1])
+    for low, high, masked in (
+        (units[0], first, True),
+        (first, stop, False),
+        (stop, units[1], True),
+    ):
+        for at in range(low, high, step):
+            yield at, min(high, at + step), masked

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.geometry import Tiling
+from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.score.cpu import ChannelScorer, MeanScorer
-from nsa_compile.kernels.visibility import visible_blocks
+from nsa_compile.kernels.visibility import Visibility, visible_blocks
 from nsa_compile.kernels.workers import share_pairs
 
 
@@ -19,19 +20,22 @@ def select_blocks(
 ) -> Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n], ascending, padded with -1; see the reference for what they mean."""
     tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
-    if scorer == "channels":
-        scoring = ChannelScorer(q, k, summary, valid, scale, tiling)
-    else:
-        scoring = MeanScorer(q, k, summary, valid, scale, tiling, compress_block, compress_stride)
+    visibility, modifiers = Visibility(valid), Modifiers()
     batch, kv_heads = k.shape[:2]
     chosen = torch.empty((batch * kv_heads, tiling.tiles, num_selected), dtype=torch.int32)
+
     # A budget that holds every block leaves the scores nothing to decide.
     decides = tiling.blocks > num_selected
-    step = scoring.run_of_tiles()
 
     def choose(pairs: slice) -> None:
-        mine = scoring.of(pairs)
+        mine = range(pairs.start, pairs.stop)
+        inputs = (q, k, summary, visibility, modifiers, scale, tiling, mine)
+        if scorer == "channels":
+            scoring = ChannelScorer(*inputs)
+        else:
+            scoring = MeanScorer(*inputs, compress_block, compress_stride)
         entries = torch.arange(pairs.start, pairs.stop) // kv_heads
+        step = scoring.run_of_tiles()
         for first in range(0, tiling.tiles, step):
             tiles = range(first, min(first + step, tiling.tiles))
             visible = visible_blocks(tiling, tiles, valid)
@@ -39,7 +43,7 @@ def select_blocks(
                 visible = visible[entries]
             forced = _forced_blocks(tiling, tiles, init_blocks, local_window)
             if decides:
-                scores = mine.scores(tiles.start, tiles.stop)
+                scores = scoring.scores(tiles.start, tiles.stop)
             else:
                 scores = torch.zeros(len(entries), len(tiles), tiling.blocks)
             scores = scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
