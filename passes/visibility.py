@@ -71,7 +71,7 @@ def _valid_keys(valid: fx.Node, q: fx.Node, call: Caller) -> fx.Node:
 
 
 def _row(x: fx.Node, call: Caller) -> fx.Node:
-    """``x`` as [B, T]: a mask's program may hold it with more dimensions of size 1, or without B."""
+    """``x`` as [B, T]: a mask may hold it with more dimensions of size 1, or without B."""
     dims = dialect.value(x).dim()
     if dims == 1:
         return call("unsqueeze", x, 0)
