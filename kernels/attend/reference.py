@@ -7,10 +7,13 @@ from torch import Tensor
 
 
 def visible(
-    q_len: int, kv_len: int, causal: bool, offset: int, window: int | None, valid: Tensor | None
-) -> Tensor:
-    """The site's own mask, True where a key is seen: [Tq, Tk], or [B, Tq, Tk] with padding."""
-    device = None if valid is None else valid.device
+    q_len: int, kv_len: int, causal: bool, offset: int, window: int | None, valid: Tensor | None,
+    ranges: Tensor | None = None, query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The site's own mask, True where a key is seen: [B or 1, Tq, Tk], [Tq, Tk] without tensors."""
+    tensors = (valid, ranges, query_segments)
+    device = next((x.device for x in tensors if x is not None), None)
     p = torch.arange(q_len, device=device)[:, None] + offset
     j = torch.arange(kv_len, device=device)[None, :]
     mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
@@ -18,7 +21,29 @@ def visible(
         mask &= j <= p
     if window is not None:
         mask &= (j > p - window) if causal else ((p - j).abs() < window)
-    return mask if valid is None else mask & valid[:, None, :]
+    if valid is not None:
+        mask = mask & valid[:, None, :]
+    if ranges is not None:
+        mask = mask & (j >= ranges[..., :1]) & (j < ranges[..., 1:])
+    if query_segments is not None and key_segments is not None:
+        mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
+    return mask
+
+
+def modified(
+    scores: Tensor, offset: int, slopes: Tensor | None, positions: Tensor | None, softcap: float
+) -> Tensor:
+    """Scaled logits [B, Hq, Tq, Tk] after the soft cap, then ALiBi (arXiv 2108.12409)."""
+    q_len, kv_len = scores.shape[2:]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if slopes is None:
+        return scores
+    if positions is None:
+        positions = torch.arange(kv_len, device=scores.device)[None]
+    p = (torch.arange(q_len, device=scores.device) + offset).clamp(0, kv_len - 1)
+    distance = positions[:, None, None, :] - positions[:, None, p, None]
+    return scores + slopes.to(scores.dtype)[:, None, None] * distance
 
 
 def selected(block_indices: Tensor, q_len: int, kv_len: int, query_tile: int, block: int) -> Tensor:

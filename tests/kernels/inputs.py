@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa_compile.kernels.attend.reference import visible
+from tests.kernels import terms
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Site:
     compress_stride: int = 4
     channels: int = 8
     scale: float = 0.3
+    ranges: str = "none"
+    segments: str = "none"
+    slopes: bool = False
+    positions: bool = False
+    softcap: float = 0.0
 
     @property
     def keys(self) -> int:
@@ -54,6 +60,11 @@ class Site:
     def mask(self) -> tuple[Any, ...]:
         """Scale, causal, offset, window: what every operator takes in this order."""
         return self.scale, self.causal, self.offset, self.window
+
+    @property
+    def logits(self) -> tuple[Any, ...]:
+        """Scale, softcap, causal, offset, window."""
+        return self.scale, self.softcap, self.causal, self.offset, self.window
 
     def but(self, **changes: Any) -> Site:
         return dataclasses.replace(self, **changes)
@@ -92,6 +103,17 @@ class Site:
         elif self.padding == "nothing valid":
             valid[-1] = False
         return valid
+
+    def terms(self) -> tuple[Tensor | None, ...]:
+        """valid, ranges, query and key segments, slopes, positions: as operators take them."""
+        sizes = (self.batch, self.q_len, self.keys, self.offset)
+        return (
+            self.valid(),
+            terms.ranges(self.ranges, *sizes),
+            *terms.segments(self.segments, *sizes),
+            terms.slopes(self.kv_heads * self.group) if self.slopes else None,
+            terms.positions(self.batch, self.keys) if self.positions else None,
+        )
 
     def random_blocks(self, seed: int = 0) -> Tensor:
         """int32 [B, Hkv, NT, n]: any blocks, ascending, with some empty slots at the end."""
@@ -133,6 +155,36 @@ MASKS = {
     "full, right padding": Site(causal=False, padding="right"),
     "nothing valid": Site(padding="nothing valid"),
 }
+
+# What may stand beside the mask: ranges, segments, ALiBi, a cap, and how they meet the rest.
+TERMS = {
+    "chunks": Site(ranges="chunks"),
+    "chunks, offset": Site(ranges="chunks", q_len=50, kv_len=111, offset=61),
+    "prefix": Site(ranges="prefix", causal=False),
+    "prefix, padding": Site(ranges="prefix", causal=False, padding="left"),
+    "random ranges": Site(ranges="random"),
+    "random ranges, full, padding": Site(ranges="random", causal=False, padding="scattered"),
+    "random ranges, window": Site(ranges="random", window=37),
+    "documents": Site(segments="documents"),
+    "mixed segments, padding": Site(segments="mixed", causal=False, padding="right"),
+    "segments and ranges": Site(segments="mixed", ranges="random", window=37),
+    "segments, offset": Site(segments="documents", q_len=50, kv_len=111, offset=61),
+    "alibi": Site(slopes=True),
+    "alibi, positions, padding": Site(slopes=True, positions=True, padding="left"),
+    "alibi, full, window": Site(slopes=True, causal=False, window=37),
+    "alibi, negative offset": Site(slopes=True, positions=True, offset=-20),
+    "alibi, G=3": Site(slopes=True, group=3, batch=1),
+    "cap": Site(softcap=1.5),
+    "cap, padding": Site(softcap=1.5, padding="scattered", window=37),
+    "cap, alibi, padding": Site(softcap=1.5, slopes=True, padding="scattered"),
+    "everything": Site(
+        softcap=1.5, slopes=True, positions=True, ranges="chunks", segments="documents",
+        padding="left", q_len=140, query_tile=8, num_selected=6,
+    ),
+    "tile 1, everything": Site(
+        softcap=2.0, slopes=True, ranges="random", segments="mixed", q_len=63, query_tile=1,
+    ),
+}  # fmt: skip
 
 SIZES = {
     **{f"T={length}": Site(q_len=length) for length in (1, 31, 63, 507)},
