@@ -21,8 +21,7 @@ from nsa_compile import compilations
 from nsa_compile.compilations import CompiledGraph
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.passes.cost import failed_record, record
-from nsa_compile.passes.pipeline import Conversion, analyse
-from nsa_compile.passes.rewrite import Rewriter
+from nsa_compile.passes.pipeline import Conversion, analyse, rewrite
 from nsa_compile.passes.site import SiteRecord
 
 Compiled = Callable[..., Any]
@@ -74,7 +73,7 @@ def nsa(
     original = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     guarded = [(_position(gm, node), values[node]) for node in conversion.guarded]
     try:
-        Rewriter(gm).apply(conversion.decisions)
+        rewrite(gm, conversion)
         compiled = _inner(gm, example_inputs, config, mode)
     except Exception as error:
         if _is_control_flow(error):

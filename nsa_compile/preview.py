@@ -17,8 +17,7 @@ from nsa_compile.capture import Capture, capture
 from nsa_compile.dynamo_text import describe, mixes_devices, needs_data
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.cost import failed_record, record
-from nsa_compile.passes.pipeline import analyse
-from nsa_compile.passes.rewrite import Rewriter
+from nsa_compile.passes.pipeline import analyse, rewrite
 from nsa_compile.passes.site import SiteRecord
 from nsa_compile.report import RewriteReport
 from nsa_compile.targets import Request, Target, load
@@ -76,7 +75,7 @@ def _report(target: Target, captured: Capture, config: NSAConfig) -> RewriteRepo
             conversion = analyse(graph.gm, config, values=graph.values)
             rows = [record(decision, graph.compile_id) for decision in conversion.decisions]
             if conversion.converts:
-                Rewriter(graph.gm).apply(conversion.decisions)
+                rewrite(graph.gm, conversion)
         except Exception as error:  # ours, not the user's: reported as the backend reports it
             text = f"graph {graph.compile_id} stays dense: {describe(error)}"
             failures.append(text)

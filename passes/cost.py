@@ -3,8 +3,9 @@
 FLOPs count a multiply and an add as two, forward only, for the whole batch. Only the (query, key)
 pairs that the mask's structure lets through are counted: causality halves, a sliding window counts
 its keys, a chunk half of itself. Padding and documents depend on the data and are not subtracted,
-a prefix adds none; a mask that was not understood counts every pair. Sizes of a dynamic graph stay symbolic: the arithmetic runs on sympy expressions and
-never compares or converts a SymInt, which would install a guard.
+a prefix adds none; a mask that was not understood counts every pair. Sizes of a dynamic graph stay
+symbolic: the arithmetic runs on sympy expressions and never compares or converts a SymInt, which
+would install a guard.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ class Mask:
             when not causal.
         valid: node of the padding mask, bool or integer ``[B, Tk]`` (or ``[1, Tk]``), nonzero is a
             real key; None is no padding.
+        hidden: node like ``valid`` in which nonzero is padding; a graph may hold the one, the other
+            or both.
         chunk: keep keys of the query's own chunk, ``p // chunk == j // chunk``; None is no chunks.
         prefix: keys ``j < prefix`` are seen by every query, whatever ``causal`` and ``window`` say:
             an int, a SymInt-valued node, or an integer tensor with one number, ``[B]`` or
@@ -41,6 +43,7 @@ class Mask:
     offset: int | fx.Node = 0
     window: int | None = None
     valid: fx.Node | None = None
+    hidden: fx.Node | None = None
     chunk: int | None = None
     prefix: int | fx.Node | None = None
     segments: tuple[fx.Node, fx.Node] | None = None
@@ -62,7 +65,7 @@ class Mask:
             terms.append(f"prefix({shown})")
         if self.segments is not None:
             terms.append("document")
-        if self.valid is not None:
+        if self.valid is not None or self.hidden is not None:
             terms.append("padding")
         return " & ".join(terms) or "full"
 

@@ -46,11 +46,13 @@ class Visibility:
         documents = mask.segments if mask.segments_sorted else None
         ranges = self._once(("ranges", *sizes, *terms, documents), _ranges, mask, q, k, call)
         return Operands(
-            self._valid(mask.valid, q, call), ranges, *segments, mask.causal and mask.prefix is None
+            self._valid(mask, q, call), ranges, *segments, mask.causal and mask.prefix is None
         )
 
-    def _valid(self, valid: fx.Node | None, q: fx.Node, call: Caller) -> fx.Node | None:
-        return None if valid is None else self._once(("valid", valid), _valid_keys, valid, q, call)
+    def _valid(self, mask: Mask, q: fx.Node, call: Caller) -> fx.Node | None:
+        if mask.valid is None and mask.hidden is None:
+            return None
+        return self._once(("valid", mask.valid, mask.hidden), _valid_keys, mask, q, call)
 
     def _once(self, key: Hashable, build: Any, *args: Any) -> Any:
         # Sites come in graph order, so what the first one builds stands before all the others.
@@ -59,13 +61,17 @@ class Visibility:
         return self._known[key]
 
 
-def _valid_keys(valid: fx.Node, q: fx.Node, call: Caller) -> fx.Node:
-    """``valid`` as bool [B, Tk]."""
-    keys = _row(valid, call)
-    value = dialect.value(keys)
-    if value.dtype != torch.bool:
-        keys = call(torch.ne, keys, 0)
-    if isinstance(value.shape[0], int) and value.shape[0] == 1:
+def _valid_keys(mask: Mask, q: fx.Node, call: Caller) -> fx.Node:
+    """The real keys of ``mask`` as bool [B, Tk]."""
+    rows = []
+    if mask.valid is not None:
+        keys = _row(mask.valid, call)
+        rows.append(keys if dialect.value(keys).dtype == torch.bool else call(torch.ne, keys, 0))
+    if mask.hidden is not None:
+        rows.append(call(torch.eq, _row(mask.hidden, call), 0))
+    keys = rows[0] if len(rows) == 1 else call(torch.logical_and, *rows)
+    batch = dialect.value(keys).shape[0]
+    if isinstance(batch, int) and batch == 1:
         keys = call("expand", keys, call("size", q, 0), -1)
     return keys
 

@@ -51,6 +51,8 @@ class Mutations:
         if not past:
             return node
         last = past[-1]
+        if self._order[node] > self._order[last]:
+            return node  # made after the last write: what it is made of has its own version
         op = dialect.view(last)
         # An in-place view (unsqueeze_) changes the shape that ``node`` was recorded with.
         same_shape = dialect.shape(last) is not None and dialect.shape(last) == dialect.shape(node)

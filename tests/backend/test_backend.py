@@ -12,6 +12,7 @@ from torch import nn
 
 import nsa_compile
 from nsa_compile import backend
+from nsa_compile.passes.rewrite import Rewriter
 
 OPTIONS = {"dense_len": 0, "window": 16, "select_block": 16, "query_tile": 16, "inner": "eager"}
 
@@ -166,7 +167,7 @@ def test_an_internal_failure_leaves_the_model_dense_warns_and_is_reported(
     if stage == "analyse":
         monkeypatch.setattr(backend, "analyse", explode)
     else:
-        monkeypatch.setattr(backend.Rewriter, "_replace", explode)
+        monkeypatch.setattr(Rewriter, "_replace", explode)
     model = Stack()
     fast = compiled(model)
     with pytest.warns(nsa_compile.ConversionWarning, match="boom") as caught:

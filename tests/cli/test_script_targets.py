@@ -77,7 +77,7 @@ def test_strict_turns_a_kept_layer_into_status_1_after_the_report(convert: Runne
     assert convert(MODELS, "--strict").status == 0
 
 
-@pytest.mark.parametrize("broken", ["analyse", "Rewriter"])
+@pytest.mark.parametrize("broken", ["analyse", "rewrite"])
 def test_a_failure_of_ours_is_reported_as_the_backend_reports_it(
     convert: Runner, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -89,7 +89,7 @@ def test_a_failure_of_ours_is_reported_as_the_backend_reports_it(
     assert outcome.status == 1
     assert outcome.json["failures"] == ["graph 0/0 stays dense: KeyError: 'q'"]
     kept = [("layers.0", "kept", "internal_error"), ("layers.1", "kept", "internal_error")]
-    assert outcome.verdicts() == (kept if broken == "Rewriter" else [])
+    assert outcome.verdicts() == (kept if broken == "rewrite" else [])
 
 
 def test_dropout_counts_only_with_train(convert: Runner) -> None:
