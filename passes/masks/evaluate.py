@@ -15,6 +15,7 @@ def evaluate(
     kv_len: int,
     *,
     valid: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
     offset: int | None = None,
     prefix: int | torch.Tensor | None = None,
     segments: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -25,6 +26,7 @@ def evaluate(
 
     Args:
         valid: run-time value of ``mask.valid``, nonzero is a real key.
+        hidden: run-time value of ``mask.hidden``, nonzero is padding.
         offset: run-time value of ``mask.offset`` where that is a node.
         prefix: run-time value of ``mask.prefix`` where that is a node.
         segments: run-time values of ``mask.segments``.
@@ -54,6 +56,9 @@ def evaluate(
     if mask.valid is not None:
         real = _rows(_given(mask.valid, valid, "padding"), kv_len) != 0
         keep = keep & real[:, None, None, :]
+    if mask.hidden is not None:
+        padding = _rows(_given(mask.hidden, hidden, "padding"), kv_len) != 0
+        keep = keep & ~padding[:, None, None, :]
     return keep
 
 

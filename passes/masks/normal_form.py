@@ -14,6 +14,7 @@ from nsa_compile.passes.masks.affine import Affine, Var
 from nsa_compile.passes.masks.chunks import Chunk, chunk
 from nsa_compile.passes.masks.conditions import (
     FALSE,
+    TRUE,
     Condition,
     Ge,
     conjuncts,
@@ -22,7 +23,7 @@ from nsa_compile.passes.masks.conditions import (
     variables,
 )
 from nsa_compile.passes.masks.lift import Lifter
-from nsa_compile.passes.masks.logic import all_of
+from nsa_compile.passes.masks.logic import all_of, negation
 from nsa_compile.passes.masks.prefixes import prefix
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Mask
@@ -100,11 +101,13 @@ class _Namer:
         if len(ids) > 1 or None in ids:
             raise _Refused(_unclassified(terms.same, self.mask))
         segments = next((found for found in ids if found is not None), None)
+        valid, hidden = self._padding()
         return Mask(
             causal=causal,
             offset=self._integer(offset, "offset"),
             window=window,
-            valid=self._valid(),
+            valid=valid,
+            hidden=hidden,
             chunk=size,
             prefix=self._prefix(),
             segments=None if segments is None else (segments.query, segments.key),
@@ -182,13 +185,22 @@ class _Namer:
             return size
         self._refuse(f"one end of a chunk of {size} only")
 
-    def _valid(self) -> fx.Node | None:
+    def _padding(self) -> tuple[fx.Node | None, fx.Node | None]:
+        """The row that is not 0 at real keys, and the row that is not 0 at hidden ones."""
         if not self.terms.keys:
-            return None
-        found = self.lifter.rows.valid.get(all_of(self.terms.keys))
-        if found is None:
+            return None, None
+        rows = self.lifter.rows.valid
+        hiding = {key: rows.get(negation(key)) for key in self.terms.keys}
+        shown = all_of(self.terms.keys)
+        if shown in rows:
+            return rows[shown], None
+        if negation(shown) in rows:
+            return None, rows[negation(shown)]
+        hidden = {row for row in hiding.values() if row is not None}
+        shown = all_of(key for key, row in hiding.items() if row is None)
+        if len(hidden) != 1 or not (shown == TRUE or shown in rows):
             raise _Refused(_unclassified(self.terms.keys, self.mask))
-        return found
+        return rows.get(shown), hidden.pop()
 
     def _prefix(self) -> int | fx.Node | None:
         length = self.terms.prefix

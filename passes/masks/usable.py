@@ -19,7 +19,7 @@ def overwritten(mask: Mask, reader: fx.Node, lifter: Lifter) -> fx.Node | None:
 
     The rewritten graph reads padding, ids and prefix where the attention stands.
     """
-    named = (mask.valid, mask.prefix, *(mask.segments or ()))
+    named = (mask.valid, mask.hidden, mask.prefix, *(mask.segments or ()))
     tensors = [n for n in named if isinstance(n, fx.Node)]
     changed = (n for n in tensors if lifter.mutations.version(n, reader) is not n)
     return next(changed, None)
