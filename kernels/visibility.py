@@ -22,18 +22,6 @@ def sees(positions: Tensor, keys: Tensor, tiling: Tiling) -> Tensor:
     return mask
 
 
-def visible_blocks(tiling: Tiling, tiles: range, valid: Tensor | None) -> Tensor:
-    """bool [B or 1, len(tiles), Ns]: some query of the tile sees some valid key of the block."""
-    ranges = [tiling.visible_keys(tiling.positions(t, t + 1)) for t in tiles]
-    low, high = torch.tensor(ranges, dtype=torch.int64).view(-1, 2).T[..., None]
-    start = torch.arange(tiling.blocks) * tiling.block
-    low, high = torch.maximum(low, start), torch.minimum(high, start + tiling.block)
-    if valid is None:
-        return (low < high)[None]
-    before = torch.nn.functional.pad(valid.cumsum(dim=1), (1, 0))
-    return before[:, torch.maximum(low, high)] > before[:, low]
-
-
 def holds_valid_key(valid: Tensor, block: int, stride: int) -> Tensor:
     """bool [B, Nc]: the compressed block ``[c * stride, c * stride + block)`` holds a valid key."""
     start = torch.arange(num_compressed(valid.shape[1], block, stride)) * stride
@@ -115,3 +103,63 @@ def whole_keys(tiling: Tiling, visibility: Visibility) -> Tensor:
             dim=-1,
         )
     return bounds
+
+
+def visible_blocks(tiling: Tiling, tiles: range, visibility: Visibility) -> Tensor:
+    """bool [B or 1, len(tiles), Ns]: some query of the tile sees some valid key of the block.
+
+    Segments are not looked at.
+    """
+    blocks = torch.arange(tiling.blocks)
+    if visibility.ranges is not None:
+        start, stop = (p - tiling.offset for p in tiling.positions(tiles.start, tiles.stop))
+        # The last tile may be short: its last query then stands for the missing ones.
+        rows = torch.arange(start, start + len(tiles) * tiling.query_tile).clamp(max=stop - 1)
+        low, high = blocks_of_queries(tiling, visibility, rows)[..., None].unbind(2)
+        seen = ((blocks >= low) & (blocks < high)).unflatten(1, (len(tiles), -1)).any(dim=2)
+        return seen if visibility.valid is None else seen & _holds_any(visibility.valid, tiling)
+    ranges = [tiling.visible_keys(tiling.positions(t, t + 1)) for t in tiles]
+    low, high = torch.tensor(ranges, dtype=torch.int64).view(-1, 2).T[..., None]
+    start = blocks * tiling.block
+    low, high = torch.maximum(low, start), torch.minimum(high, start + tiling.block)
+    if visibility.valid is None:
+        return (low < high)[None]
+    before = torch.nn.functional.pad(visibility.valid.cumsum(dim=1), (1, 0))
+    return before[:, torch.maximum(low, high)] > before[:, low]
+
+
+def blocks_of_queries(tiling: Tiling, visibility: Visibility, rows: Tensor) -> Tensor:
+    """int32 [B or 1, rows, 2]: first and past the last block in which a query sees a valid key.
+
+    In a block between the two it sees every valid key. On the device of the rows; segments are not
+    looked at.
+    """
+    assert visibility.ranges is not None
+    p = rows + tiling.offset
+    low, high = visibility.ranges[:, rows].long().unbind(-1)
+    if tiling.causal:
+        high = torch.minimum(high, p + 1)
+    elif tiling.window is not None:
+        high = torch.minimum(high, p + tiling.window)
+    if tiling.window is not None:
+        low = torch.maximum(low, p - tiling.window + 1)
+    low = low.clamp(0, tiling.kv_len)
+    high = torch.maximum(high.clamp(max=tiling.kv_len), low)
+    alive, last = low < high, high - 1
+    if visibility.valid is not None:
+        # To the first and the last valid key in between.
+        before = torch.nn.functional.pad(visibility.valid.cumsum(dim=1), (1, 0))
+        low, high = (x.expand(len(before), -1).contiguous() for x in (low, high))
+        counted = before.gather(1, low), before.gather(1, high)
+        low = torch.searchsorted(before, counted[0] + 1) - 1
+        last = torch.searchsorted(before, counted[1]) - 1
+        alive = counted[0] < counted[1]
+    bounds = torch.stack((low // tiling.block, last // tiling.block + 1), dim=-1)
+    return bounds.where(alive[..., None], 0).to(torch.int32)
+
+
+def _holds_any(valid: Tensor, tiling: Tiling) -> Tensor:
+    """bool [B, 1, Ns]: the block holds a valid key."""
+    short = tiling.blocks * tiling.block - tiling.kv_len
+    padded = torch.nn.functional.pad(valid, (0, short))
+    return padded.unflatten(1, (tiling.blocks, tiling.block)).any(dim=2)[:, None]

@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 
 SCORERS = ("channels", "mean")
+_ABSENT = (None,) * 6  # valid, ranges, two of segments, slopes, positions
 STAGES = ("summary", "select", "refine", "attend")
 # Fastest first, as measured on one H100: 56 ms cuDNN, 103 ms flash at 65,536 tokens, 32 heads.
 BACKENDS = (
@@ -203,6 +204,7 @@ class ConvertedPath:
     def __init__(self, settings: Settings, scorer: str) -> None:
         self.settings, self.config = settings, settings.config(scorer)
         self.site = (settings.dim**-0.5, True, 0, None, settings.query_tile, settings.block)
+        self.logits = (self.site[0], 0.0, *self.site[1:])
         self.refined = self.config.proposed_blocks() > settings.num_selected
 
     def summary(self, q: Tensor, k: Tensor) -> Tensor:
@@ -215,8 +217,9 @@ class ConvertedPath:
     def select(self, q: Tensor, k: Tensor, summary: Tensor) -> Tensor:
         s = self.settings
         picked = torch.ops.nsa.select_blocks(
-            q, k, summary, None, self.config.scorer, *self.site, self.config.proposed_blocks(),
-            s.init_blocks, s.window, s.compress_block, s.compress_stride, s.dense_len,
+            q, k, summary, *_ABSENT, self.config.scorer, *self.logits,
+            self.config.proposed_blocks(), s.init_blocks, s.window, s.compress_block,
+            s.compress_stride, s.dense_len,
         )  # fmt: skip
         return as_tensor(picked)
 
@@ -225,7 +228,15 @@ class ConvertedPath:
         if not self.refined:
             return candidates
         picked = torch.ops.nsa.refine_blocks(
-            q, k, candidates, None, *self.site, s.num_selected, s.init_blocks, s.window, s.dense_len
+            q,
+            k,
+            candidates,
+            *_ABSENT,
+            *self.logits,
+            s.num_selected,
+            s.init_blocks,
+            s.window,
+            s.dense_len,
         )
         return as_tensor(picked)
 

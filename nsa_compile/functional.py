@@ -50,7 +50,9 @@ def select_blocks(
     scale: float | None = None, causal: bool = True, offset: int = 0, window: int | None = None,
     valid: Tensor | None = None, query_tile: int = 64, block: int = 64, num_selected: int = 16,
     init_blocks: int = 1, local_window: int = 512, compress_block: int = 32,
-    compress_stride: int = 16, score_channels: int | None = None,
+    compress_stride: int = 16, score_channels: int | None = None, ranges: Tensor | None = None,
+    query_segments: Tensor | None = None, key_segments: Tensor | None = None,
+    slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Choose the blocks of keys that each tile of queries reads.
 
@@ -73,6 +75,13 @@ def select_blocks(
         num_selected: n, blocks a tile reads, the forced ones included.
         local_window: most recent keys that are always read (centred when not causal).
         score_channels: r; None is a quarter of D, at least 16.
+        ranges: int32 [B or 1, Tq, 2]; query i sees the keys ``ranges[b, i, 0] <= j < ranges[b, i,
+            1]`` of those it would see.
+        query_segments: int32 [B or 1, Tq], with ``key_segments`` [B or 1, Tk]: a key is seen where
+            the two are equal. Scorer "mean" does not look at them.
+        slopes: float32 [Hq], ALiBi (arXiv 2108.12409): logits gain ``slopes[h] * (x[j] - x[p])``.
+        positions: float32 [B or 1, Tk], x of ALiBi; None is the key's index.
+        softcap: c of ``c * tanh(logit / c)``, applied to the scaled logit before ALiBi; 0 is none.
 
     Returns:
         int32 [B, Hkv, ceil(Tq / R), n], ascending, -1 at the end. Not differentiable.
@@ -86,6 +95,7 @@ def select_blocks(
         compress_block=compress_block, compress_stride=compress_stride,
     )  # fmt: skip
     _check_mask(window, init_blocks)
+    _check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     dim = q.shape[3]
     if scorer == "channels":
         channels = max(16, dim // 4) if score_channels is None else score_channels
@@ -96,8 +106,9 @@ def select_blocks(
     else:
         raise ValueError(f"scorer must be 'channels' or 'mean', got {scorer!r}")
     blocks = torch.ops.nsa.select_blocks(
-        q, k, summary, valid, scorer, _scale(scale, dim), causal, offset, window, query_tile,
-        block, num_selected, init_blocks, local_window, compress_block, compress_stride, 0,
+        q, k, summary, valid, ranges, query_segments, key_segments, slopes, positions, scorer,
+        _scale(scale, dim), softcap, causal, offset, window, query_tile, block, num_selected,
+        init_blocks, local_window, compress_block, compress_stride, 0,
     )  # fmt: skip
     return blocks.unflatten(2, (-(-q.shape[2] // query_tile), num_selected))
 
@@ -184,14 +195,15 @@ def nsa_attention(
         summary = torch.ops.nsa.compress(k, valid, options.compress_block, options.compress_stride)
     mask = (_scale(scale, dim), causal, offset, window)
     sizes = (options.query_tile, options.select_block)
+    terms, logits = (valid, *(None,) * 5), (mask[0], 0.0, *mask[1:])
     blocks = torch.ops.nsa.select_blocks(
-        q, k, summary, valid, options.scorer, *mask, *sizes, options.proposed_blocks(),
+        q, k, summary, *terms, options.scorer, *logits, *sizes, options.proposed_blocks(),
         options.init_blocks, options.window, options.compress_block, options.compress_stride,
         options.dense_len,
     )  # fmt: skip
     if options.proposed_blocks() > (options.num_selected or 0):
         blocks = torch.ops.nsa.refine_blocks(
-            q, k, blocks, valid, *mask, *sizes, options.num_selected, options.init_blocks,
+            q, k, blocks, *terms, *logits, *sizes, options.num_selected, options.init_blocks,
             options.window, options.dense_len,
         )  # fmt: skip
     out, _ = torch.ops.nsa.selected_attention(
@@ -259,6 +271,37 @@ def _check_valid(valid: Tensor | None, batch: int, length: int, name: str) -> No
             f"valid must be bool [B, {name}] = [{batch}, {length}], got {valid.dtype} "
             f"{list(valid.shape)}"
         )
+
+
+def _check_terms(
+    q: Tensor, k: Tensor, ranges: Tensor | None, query_segments: Tensor | None,
+    key_segments: Tensor | None, slopes: Tensor | None, positions: Tensor | None, softcap: float,
+) -> None:  # fmt: skip
+    """Shapes and dtypes of the optional terms of mask and logits."""
+    if (query_segments is None) != (key_segments is None):
+        raise ValueError("query_segments and key_segments go together, got only one of them")
+    if positions is not None and slopes is None:
+        raise ValueError("positions are those of ALiBi and need slopes, got slopes=None")
+    if softcap < 0:
+        raise ValueError(f"softcap must be 0 (none) or more, got {softcap!r}")
+    (batch, q_heads, q_len, _), kv_len = q.shape, k.shape[2]
+    integer, real = torch.int32, torch.float32
+    named: tuple[tuple[str, Tensor | None, torch.dtype, str, tuple[int, ...]], ...] = (
+        ("ranges", ranges, integer, "[B or 1, Tq, 2]", (batch, q_len, 2)),
+        ("query_segments", query_segments, integer, "[B or 1, Tq]", (batch, q_len)),
+        ("key_segments", key_segments, integer, "[B or 1, Tk]", (batch, kv_len)),
+        ("slopes", slopes, real, "[Hq]", (q_heads,)),
+        ("positions", positions, real, "[B or 1, Tk]", (batch, kv_len)),
+    )
+    for name, tensor, dtype, layout, shape in named:
+        if tensor is None:
+            continue
+        shapes = (shape,) if name == "slopes" else (shape, (1, *shape[1:]))
+        if tensor.dtype != dtype or tuple(tensor.shape) not in shapes:
+            raise ValueError(
+                f"{name} must be {str(dtype).removeprefix('torch.')} {layout} = {list(shape)}, got "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
 
 
 def _check_sizes(**sizes: int) -> None:

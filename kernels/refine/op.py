@@ -21,17 +21,20 @@ from nsa_compile.kernels.visibility import Visibility
 
 _lib = torch.library.Library("nsa", "FRAGMENT")
 _lib.define(
-    "refine_blocks(Tensor q, Tensor k, Tensor candidates, Tensor? valid, float scale, bool causal, "
-    "SymInt offset, int? window, int query_tile, int block, int num_selected, int init_blocks, "
-    "int local_window, int dense_len) -> Tensor"
+    "refine_blocks(Tensor q, Tensor k, Tensor candidates, Tensor? valid, Tensor? ranges, "
+    "Tensor? query_segments, Tensor? key_segments, Tensor? slopes, Tensor? positions, "
+    "float scale, float softcap, bool causal, SymInt offset, int? window, int query_tile, "
+    "int block, int num_selected, int init_blocks, int local_window, int dense_len) -> Tensor"
 )
 
 
 @torch.library.register_fake("nsa::refine_blocks", lib=_lib)
 def _fake(
-    q: Tensor, k: Tensor, candidates: Tensor, valid: Tensor | None, scale: float, causal: bool,
-    offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
-    init_blocks: int, local_window: int, dense_len: int,
+    q: Tensor, k: Tensor, candidates: Tensor, valid: Tensor | None, ranges: Tensor | None,
+    query_segments: Tensor | None, key_segments: Tensor | None, slopes: Tensor | None,
+    positions: Tensor | None, scale: float, softcap: float, causal: bool, offset: int,
+    window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
+    local_window: int, dense_len: int,
 ) -> Tensor:  # fmt: skip
     slots = geometry.num_tiles(q.shape[2], query_tile) * num_selected
     return q.new_empty((k.shape[0], k.shape[1], slots), dtype=torch.int32)
@@ -41,9 +44,11 @@ def _dispatch(implementation: Any) -> Any:
     """The op's kernel around ``implementation``, with the dense switch."""
 
     def kernel(
-        q: Tensor, k: Tensor, candidates: Tensor, valid: Tensor | None, scale: float, causal: bool,
-        offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
-        init_blocks: int, local_window: int, dense_len: int,
+        q: Tensor, k: Tensor, candidates: Tensor, valid: Tensor | None, ranges: Tensor | None,
+        query_segments: Tensor | None, key_segments: Tensor | None, slopes: Tensor | None,
+        positions: Tensor | None, scale: float, softcap: float, causal: bool, offset: int,
+        window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
+        local_window: int, dense_len: int,
     ) -> Tensor:  # fmt: skip
         tiles = geometry.num_tiles(q.shape[2], query_tile)
         proposed = candidates.reshape(*candidates.shape[:2], tiles, -1)
@@ -52,19 +57,16 @@ def _dispatch(implementation: Any) -> Any:
             kept = torch.nn.functional.pad(proposed[..., :num_selected], (0, missing), value=-1)
             return kept.flatten(2).clone()
         chosen: Tensor = implementation()(
-            q, k, proposed, valid, scale, causal, offset, window, query_tile, block, num_selected,
-            init_blocks, local_window,
+            q, k, proposed, Visibility(valid, ranges, query_segments, key_segments),
+            Modifiers(slopes, positions, softcap), scale, causal, offset, window, query_tile,
+            block, num_selected, init_blocks, local_window,
         )  # fmt: skip
         return chosen.flatten(2)
 
     return kernel
 
 
-def _cpu(q: Tensor, k: Tensor, candidates: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
-    return cpu.refine_blocks(q, k, candidates, Visibility(valid), Modifiers(), *rest)
-
-
-_lib.impl("refine_blocks", _dispatch(lambda: _cpu), "CPU")
+_lib.impl("refine_blocks", _dispatch(lambda: cpu.refine_blocks), "CPU")
 _lib.impl("refine_blocks", _dispatch(lambda: launchers("refine").refine_blocks), "CUDA")
 
 not_differentiable(_lib, "refine_blocks")
@@ -72,9 +74,10 @@ not_differentiable(_lib, "refine_blocks")
 
 @register_flop_formula(torch.ops.nsa.refine_blocks)
 def _flops(
-    q_shape: Any, k_shape: Any, candidates_shape: Any, valid: Any, scale: float, causal: bool,
-    offset: int, window: int | None, query_tile: int, block: int, *args: Any,
-    out_shape: Any = None, dense_len: int | None = None, **kwargs: Any,
+    q_shape: Any, k_shape: Any, candidates_shape: Any, valid: Any, ranges: Any,
+    query_segments: Any, key_segments: Any, slopes: Any, positions: Any, scale: float,
+    softcap: float, causal: bool, offset: int, window: int | None, query_tile: int, block: int,
+    *args: Any, out_shape: Any = None, dense_len: int | None = None, **kwargs: Any,
 ) -> int:  # fmt: skip
     """One logit for each query and key of its candidates."""
     batch, q_heads, q_len, dim = q_shape

@@ -9,13 +9,17 @@ logits, one a candidate, in registers. Exponentials are base 2.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from nsa_compile.kernels.attend.triton_rows import Launch, program_rows, warps_for
+from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.refine.ranking import best_candidates, forced_candidates
 from nsa_compile.kernels.triton_site import LOG2_E, dense_rows, mask_pointer, mask_strides, visible
+from nsa_compile.kernels.visibility import Visibility
 
 # By sixteen-bit inputs and head dim padded to a power of two.
 LAUNCHES: dict[tuple[bool, int], Launch] = {
@@ -119,11 +123,14 @@ def _listed_scores(
 
 
 def refine_blocks(
-    q: torch.Tensor, k: torch.Tensor, candidates: torch.Tensor, valid: torch.Tensor | None,
-    scale: float, causal: bool, offset: int, window: int | None, query_tile: int, block: int,
-    num_selected: int, init_blocks: int, local_window: int,
+    q: torch.Tensor, k: torch.Tensor, candidates: torch.Tensor, visibility: Visibility,
+    modifiers: Modifiers, scale: float, causal: bool, offset: int, window: int | None,
+    query_tile: int, block: int, num_selected: int, init_blocks: int, local_window: int,
 ) -> torch.Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n] out of ``candidates`` [B, Hkv, NT, m], ascending, -1 padded."""
+    valid = visibility.valid
+    if not replace(visibility, valid=None).unlimited or modifiers != Modifiers():
+        raise NotImplementedError("ranges, segments, ALiBi and softcap on the GPU")
     batch, q_heads, q_len, dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     q, k = dense_rows(q), dense_rows(k)

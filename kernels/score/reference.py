@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.attend.reference import visible
+from nsa_compile.kernels.attend.reference import modified, visible
 
 
 def channels(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int) -> Tensor:
@@ -40,8 +40,10 @@ def safe_softmax(scores: Tensor) -> Tensor:
 
 
 def channel_scores(
-    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scale: float, causal: bool,
-    offset: int, window: int | None, query_tile: int, block: int,
+    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, ranges: Tensor | None,
+    query_segments: Tensor | None, key_segments: Tensor | None, slopes: Tensor | None,
+    positions: Tensor | None, scale: float, softcap: float, causal: bool, offset: int,
+    window: int | None, query_tile: int, block: int,
 ) -> Tensor:  # fmt: skip
     """[B, Hkv, NT, Ns]: softmax over blocks of the largest logit in the block, on few channels."""
     q_len, kv_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
@@ -49,35 +51,40 @@ def channel_scores(
     keep = torch.zeros(*k.shape[:2], k.shape[3], dtype=k.dtype, device=k.device)
     keep.scatter_(2, summary.long(), 1.0)
     narrow = (k * keep[:, :, None]).repeat_interleave(group, dim=1)
-    mask = visible(q_len, kv_len, causal, offset, window, valid)
+    terms = (valid, ranges, query_segments, key_segments)
+    mask = visible(q_len, kv_len, causal, offset, window, *terms).view(-1, 1, q_len, kv_len)
     logits = scale * (q @ narrow.transpose(-1, -2))
-    logits = logits.masked_fill(~(mask if valid is None else mask[:, None]), -torch.inf)
+    logits = modified(logits, offset, slopes, positions, softcap).masked_fill(~mask, -torch.inf)
     best = torch.stack([part.amax(dim=-1) for part in logits.split(block, dim=-1)], dim=-1)
     return tile_sum(safe_softmax(best), kv_heads, query_tile)
 
 
 def mean_scores(
-    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scale: float, causal: bool,
+    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, ranges: Tensor | None,
+    slopes: Tensor | None, positions: Tensor | None, scale: float, softcap: float, causal: bool,
     offset: int, window: int | None, query_tile: int, block: int, compress_block: int,
     compress_stride: int,
 ) -> Tensor:  # fmt: skip
-    """[B, Hkv, NT, Ns]: softmax over compressed blocks, spread over selection blocks by overlap."""
+    """[B, Hkv, NT, Ns]: softmax over compressed blocks, spread over selection blocks by overlap.
+
+    A compressed block is seen, and stands, where its last key is.
+    """
     batch, kv_heads, kv_len, _ = k.shape
     q_len, group, count = q.shape[2], q.shape[1] // kv_heads, summary.shape[2]
     blocks = -(-kv_len // block)
     if count == 0:
         return q.new_zeros(batch, kv_heads, -(-q_len // query_tile), blocks)
-    p = torch.arange(q_len)[:, None] + offset
-    last = torch.arange(count)[None, :] * compress_stride + compress_block - 1
-    mask = (last <= p) if causal else torch.ones(q_len, count, dtype=torch.bool)
-    if window is not None:
-        mask = mask & ((last > p - window) if causal else ((p - last).abs() < window))
-    mask = mask.expand(batch, 1, q_len, count)
+    last = torch.arange(count) * compress_stride + compress_block - 1
+    mask = visible(q_len, kv_len, causal, offset, window, None, ranges)[..., last]
+    mask = mask.view(-1, 1, q_len, count)
     if valid is not None:
         starts = range(0, kv_len - compress_block + 1, compress_stride)
         holds = torch.stack([valid[:, s : s + compress_block].any(dim=1) for s in starts], dim=1)
         mask = mask & holds[:, None, None, :]
+    every = q.new_zeros(batch, q.shape[1], q_len, kv_len)
     logits = scale * (q @ summary.repeat_interleave(group, dim=1).transpose(-1, -2))
+    every[..., last] = logits
+    logits = modified(every, offset, slopes, positions, softcap)[..., last]
     weights = tile_sum(safe_softmax(logits.masked_fill(~mask, -torch.inf)), kv_heads, query_tile)
     overlap = torch.zeros(count, blocks, dtype=q.dtype)
     for c in range(count):

@@ -14,13 +14,13 @@ from nsa_compile.kernels.workers import share_pairs
 
 
 def select_blocks(
-    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scorer: str, scale: float,
-    causal: bool, offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
-    init_blocks: int, local_window: int, compress_block: int, compress_stride: int,
+    q: Tensor, k: Tensor, summary: Tensor, visibility: Visibility, modifiers: Modifiers,
+    scorer: str, scale: float, causal: bool, offset: int, window: int | None, query_tile: int,
+    block: int, num_selected: int, init_blocks: int, local_window: int, compress_block: int,
+    compress_stride: int,
 ) -> Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n], ascending, padded with -1; see the reference for what they mean."""
     tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
-    visibility, modifiers = Visibility(valid), Modifiers()
     batch, kv_heads = k.shape[:2]
     chosen = torch.empty((batch * kv_heads, tiling.tiles, num_selected), dtype=torch.int32)
 
@@ -38,7 +38,7 @@ def select_blocks(
         step = scoring.run_of_tiles()
         for first in range(0, tiling.tiles, step):
             tiles = range(first, min(first + step, tiling.tiles))
-            visible = visible_blocks(tiling, tiles, valid)
+            visible = visible_blocks(tiling, tiles, visibility)
             if len(visible) > 1:
                 visible = visible[entries]
             forced = _forced_blocks(tiling, tiles, init_blocks, local_window)

@@ -15,22 +15,27 @@ from torch.utils.flop_counter import register_flop_formula
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.autograd import not_differentiable
 from nsa_compile.kernels.launchers import launchers
+from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.select import cpu
+from nsa_compile.kernels.visibility import Visibility
 
 _lib = torch.library.Library("nsa", "FRAGMENT")
 _lib.define(
-    "select_blocks(Tensor q, Tensor k, Tensor summary, Tensor? valid, str scorer, float scale, "
-    "bool causal, SymInt offset, int? window, int query_tile, int block, int num_selected, "
-    "int init_blocks, int local_window, int compress_block, int compress_stride, int dense_len"
-    ") -> Tensor"
+    "select_blocks(Tensor q, Tensor k, Tensor summary, Tensor? valid, Tensor? ranges, "
+    "Tensor? query_segments, Tensor? key_segments, Tensor? slopes, Tensor? positions, str scorer, "
+    "float scale, float softcap, bool causal, SymInt offset, int? window, int query_tile, "
+    "int block, int num_selected, int init_blocks, int local_window, int compress_block, "
+    "int compress_stride, int dense_len) -> Tensor"
 )
 
 
 @torch.library.register_fake("nsa::select_blocks", lib=_lib)
 def _fake(
-    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scorer: str, scale: float,
-    causal: bool, offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
-    init_blocks: int, local_window: int, compress_block: int, compress_stride: int, dense_len: int,
+    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, ranges: Tensor | None,
+    query_segments: Tensor | None, key_segments: Tensor | None, slopes: Tensor | None,
+    positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool, offset: int,
+    window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
+    local_window: int, compress_block: int, compress_stride: int, dense_len: int,
 ) -> Tensor:  # fmt: skip
     slots = geometry.num_tiles(q.shape[2], query_tile) * num_selected
     return q.new_empty((k.shape[0], k.shape[1], slots), dtype=torch.int32)
@@ -40,27 +45,29 @@ def _dispatch(implementation: Any) -> Any:
     """The op's kernel around ``implementation``: the dense switch and the budget check."""
 
     def kernel(
-        q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scorer: str, scale: float,
-        causal: bool, offset: int, window: int | None, query_tile: int, block: int,
-        num_selected: int, init_blocks: int, local_window: int, compress_block: int,
-        compress_stride: int, dense_len: int,
+        q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, ranges: Tensor | None,
+        query_segments: Tensor | None, key_segments: Tensor | None, slopes: Tensor | None,
+        positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool,
+        offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
+        init_blocks: int, local_window: int, compress_block: int, compress_stride: int,
+        dense_len: int,
     ) -> Tensor:  # fmt: skip
-        sizes = (query_tile, block, num_selected, init_blocks, local_window)
-        compression = (compress_block, compress_stride)
         if k.shape[2] <= dense_len:
-            return _fake(
-                q, k, summary, valid, scorer, scale, causal, offset, window, *sizes, *compression,
-                dense_len,
-            ).fill_(-1)  # fmt: skip
+            slots = geometry.num_tiles(q.shape[2], query_tile) * num_selected
+            return q.new_full((k.shape[0], k.shape[1], slots), -1, dtype=torch.int32)
         geometry.check_budget(
             num_selected, query_tile, q.shape[2], k.shape[2], offset, causal, window, init_blocks,
             local_window, block,
         )  # fmt: skip
         if scorer == "mean":
-            summary = summary[:, :, : geometry.num_compressed(k.shape[2], *compression)]
+            count = geometry.num_compressed(k.shape[2], compress_block, compress_stride)
+            summary = summary[:, :, :count]
         blocks: Tensor = implementation()(
-            q, k, summary, valid, scorer, scale, causal, offset, window, *sizes, *compression
-        )
+            q, k, summary, Visibility(valid, ranges, query_segments, key_segments),
+            Modifiers(slopes, positions, softcap), scorer, scale, causal, offset, window,
+            query_tile, block, num_selected, init_blocks, local_window, compress_block,
+            compress_stride,
+        )  # fmt: skip
         return blocks.flatten(2)
 
     return kernel
@@ -74,8 +81,9 @@ not_differentiable(_lib, "select_blocks")
 
 @register_flop_formula(torch.ops.nsa.select_blocks)
 def _flops(
-    q_shape: Any, k_shape: Any, summary_shape: Any, valid: Any, scorer: str, *args: Any,
-    out_shape: Any = None, **kwargs: Any,
+    q_shape: Any, k_shape: Any, summary_shape: Any, valid: Any, ranges: Any, query_segments: Any,
+    key_segments: Any, slopes: Any, positions: Any, scorer: str, *args: Any, out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:  # fmt: skip
     """One logit for each query and key on r channels, or for each query and compressed block."""
     dense_len = kwargs.get("dense_len", args[-1] if args else 0)

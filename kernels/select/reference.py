@@ -10,22 +10,25 @@ from nsa_compile.kernels.score.reference import channel_scores, mean_scores
 
 
 def ranked_scores(
-    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scorer: str, scale: float,
-    causal: bool, offset: int, window: int | None, query_tile: int, block: int, init_blocks: int,
-    local_window: int, compress_block: int, compress_stride: int,
+    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, ranges: Tensor | None,
+    query_segments: Tensor | None, key_segments: Tensor | None, slopes: Tensor | None,
+    positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool, offset: int,
+    window: int | None, query_tile: int, block: int, init_blocks: int, local_window: int,
+    compress_block: int, compress_stride: int,
 ) -> Tensor:  # fmt: skip
-    """[B, Hkv, NT, Ns]: the scores, +inf for forced blocks, -inf for those not visible."""
+    """[B, Hkv, NT, Ns]: the scores, +inf for forced blocks, -inf for those not visible.
+
+    Segments count in scorer "channels" alone, not in what is visible.
+    """
     q_len, kv_len = q.shape[2], k.shape[2]
+    logits = (slopes, positions, scale, softcap, causal, offset, window, query_tile, block)
     if scorer == "channels":
-        scores = channel_scores(
-            q, k, summary, valid, scale, causal, offset, window, query_tile, block
-        )
+        seen = (valid, ranges, query_segments, key_segments)
+        scores = channel_scores(q, k, summary, *seen, *logits)
     else:
-        scores = mean_scores(
-            q, k, summary, valid, scale, causal, offset, window, query_tile, block,
-            compress_block, compress_stride,
-        )  # fmt: skip
-    seen = visible(q_len, kv_len, causal, offset, window, valid)
+        compression = (compress_block, compress_stride)
+        scores = mean_scores(q, k, summary, valid, ranges, *logits, *compression)
+    seen = visible(q_len, kv_len, causal, offset, window, valid, ranges)
     distance = torch.arange(q_len)[:, None] + offset - torch.arange(kv_len)[None, :]
     if causal:
         local = (distance >= 0) & (distance < local_window)
@@ -39,14 +42,17 @@ def ranked_scores(
 
 
 def select_blocks(
-    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, scorer: str, scale: float,
-    causal: bool, offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
-    init_blocks: int, local_window: int, compress_block: int, compress_stride: int,
+    q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, ranges: Tensor | None,
+    query_segments: Tensor | None, key_segments: Tensor | None, slopes: Tensor | None,
+    positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool, offset: int,
+    window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
+    local_window: int, compress_block: int, compress_stride: int,
 ) -> Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n], ascending, -1 at the end; of equal scores the lower index wins."""
     scores = ranked_scores(
-        q, k, summary, valid, scorer, scale, causal, offset, window, query_tile, block,
-        init_blocks, local_window, compress_block, compress_stride,
+        q, k, summary, valid, ranges, query_segments, key_segments, slopes, positions, scorer,
+        scale, softcap, causal, offset, window, query_tile, block, init_blocks, local_window,
+        compress_block, compress_stride,
     )  # fmt: skip
     chosen = torch.full((*scores.shape[:3], num_selected), -1, dtype=torch.int32)
     order = scores.sort(dim=-1, descending=True, stable=True).indices

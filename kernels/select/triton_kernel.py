@@ -9,15 +9,18 @@ the picked blocks in ascending order: no sort.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from nsa_compile.kernels import geometry
+from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.score import triton_kernel as channels_scorer
 from nsa_compile.kernels.score import triton_mean as mean_scorer
 from nsa_compile.kernels.triton_site import key_ranges, valid_before
+from nsa_compile.kernels.visibility import Visibility
 
 SCRATCH_BYTES = 256 << 20  # scores alive at a time; more tiles go in several rounds
 WIDEST = 16384  # blocks whose rank keys one program holds in registers
@@ -178,12 +181,15 @@ def _pick_blocks(
 
 
 def select_blocks(
-    q: torch.Tensor, k: torch.Tensor, summary: torch.Tensor, valid: torch.Tensor | None,
-    scorer: str, scale: float, causal: bool, offset: int, window: int | None, query_tile: int,
-    block: int, num_selected: int, init_blocks: int, local_window: int, compress_block: int,
-    compress_stride: int,
+    q: torch.Tensor, k: torch.Tensor, summary: torch.Tensor, visibility: Visibility,
+    modifiers: Modifiers, scorer: str, scale: float, causal: bool, offset: int,
+    window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
+    local_window: int, compress_block: int, compress_stride: int,
 ) -> torch.Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n], ascending, -1 padded: the blocks each tile reads."""
+    valid = visibility.valid
+    if not replace(visibility, valid=None).unlimited or modifiers != Modifiers():
+        raise NotImplementedError("ranges, segments, ALiBi and softcap on the GPU")
     batch, kv_heads, kv_len, _ = k.shape
     q_len, pairs = q.shape[2], batch * kv_heads
     tiles, blocks = geometry.num_tiles(q_len, query_tile), geometry.num_blocks(kv_len, block)

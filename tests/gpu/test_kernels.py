@@ -125,8 +125,8 @@ def test_runs_inside_a_cuda_graph(scorer: str) -> None:
         else:
             summary = ops.compress(k, None, case.compress_block, case.compress_stride)
         blocks = ops.select_blocks(
-            q, k, summary, None, scorer, *case.mask, case.query_tile, case.block, case.count, 1,
-            case.local_window, case.compress_block, case.compress_stride, 0,
+            q, k, summary, *case.terms(None), scorer, *case.logits, case.query_tile, case.block,
+            case.count, 1, case.local_window, case.compress_block, case.compress_stride, 0,
         )  # fmt: skip
         site = (blocks, None, *case.mask, case.query_tile, case.block, 0)
         out, lse = ops.selected_attention(q, k, v, *site)

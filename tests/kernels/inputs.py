@@ -106,14 +106,7 @@ class Site:
 
     def terms(self) -> tuple[Tensor | None, ...]:
         """valid, ranges, query and key segments, slopes, positions: as operators take them."""
-        sizes = (self.batch, self.q_len, self.keys, self.offset)
-        return (
-            self.valid(),
-            terms.ranges(self.ranges, *sizes),
-            *terms.segments(self.segments, *sizes),
-            terms.slopes(self.kv_heads * self.group) if self.slopes else None,
-            terms.positions(self.batch, self.keys) if self.positions else None,
-        )
+        return terms.tensors(self, self.kv_heads * self.group, self.keys, self.valid())
 
     def random_blocks(self, seed: int = 0) -> Tensor:
         """int32 [B, Hkv, NT, n]: any blocks, ascending, with some empty slots at the end."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 import nsa_compile.kernels.library  # noqa: F401
+from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.refine import reference
+from nsa_compile.kernels.visibility import Visibility
 from tests.kernels.inputs import Site
 
 
@@ -14,17 +16,18 @@ def chooses_the_best(site: Site, dtype: torch.dtype, device: str = "cpu") -> Non
     from nsa_compile.kernels.refine import triton_kernel
 
     q, k, _ = (x.to(dtype).to(device) for x in site.tensors())
-    valid = site.valid()
-    placed = None if valid is None else valid.to(device)
+    valid, *_ = terms = site.terms()
+    placed = [x if x is None else x.to(device) for x in terms]
+    visibility, modifiers = Visibility(*placed[:4]), Modifiers(*placed[4:], site.softcap)
     wide = q.double().cpu(), k.double().cpu()
     channels = torch.ops.nsa.channels(*wide, valid, site.channels, 0)
     candidates = torch.ops.nsa.select_blocks(
-        *wide, channels, valid, "channels", *site.mask, site.query_tile, site.block,
+        *wide, channels, *terms, "channels", *site.logits, site.query_tile, site.block,
         site.num_selected + 4, site.init_blocks, site.local_window, site.compress_block,
         site.compress_stride, 0,
     ).unflatten(2, (site.tiles, -1))  # fmt: skip
     got = triton_kernel.refine_blocks(
-        q, k, candidates.to(device), placed, *site.mask, site.query_tile, site.block,
+        q, k, candidates.to(device), visibility, modifiers, *site.mask, site.query_tile, site.block,
         site.num_selected, site.init_blocks, site.local_window,
     ).cpu()  # fmt: skip
     forced = reference.forced_candidates(
@@ -32,7 +35,7 @@ def chooses_the_best(site: Site, dtype: torch.dtype, device: str = "cpu") -> Non
         site.init_blocks, site.local_window,
     )  # fmt: skip
     scores = reference.candidate_scores(
-        *wide, candidates, forced, valid, *site.mask, site.query_tile, site.block
+        *wide, candidates, forced, *terms, *site.logits, site.query_tile, site.block
     )
     scores = scores.masked_fill(forced, torch.inf).masked_fill(candidates < 0, -torch.inf)
     chosen = ((candidates[..., None] == got[..., None, :]) & (candidates[..., None] >= 0)).any(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,3 +55,15 @@ def positions(batch: int, kv_len: int) -> Tensor:
     """float32 [B, Tk]: each entry of the batch starts later, as after left padding."""
     start = torch.arange(batch)[:, None] * 5
     return (torch.arange(kv_len) - start).clamp(min=0).float()
+
+
+def tensors(site: Any, heads: int, kv_len: int, valid: Tensor | None) -> tuple[Tensor | None, ...]:
+    """valid, ranges, query and key segments, slopes, positions: as operators take them."""
+    sizes = (site.batch, site.q_len, kv_len, site.offset)
+    return (
+        valid,
+        ranges(site.ranges, *sizes),
+        *segments(site.segments, *sizes),
+        slopes(heads) if site.slopes else None,
+        positions(site.batch, kv_len) if site.positions else None,
+    )

@@ -9,10 +9,10 @@ from torch import Tensor
 import nsa_compile.kernels.library  # noqa: F401
 from nsa_compile.kernels.refine import reference
 from tests.kernels import refine_cases
-from tests.kernels.inputs import MASKS, SIZES, Site
+from tests.kernels.inputs import MASKS, SIZES, TERMS, Site
 from tests.kernels.test_select_blocks import select
 
-ALL = {**MASKS, **SIZES}
+ALL = {**MASKS, **SIZES, **TERMS}
 
 
 def propose(site: Site, q: Tensor, k: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def propose(site: Site, q: Tensor, k: Tensor) -> Tensor:
 
 def refine(site: Site, q: Tensor, k: Tensor, candidates: Tensor, dense_len: int = 0) -> Tensor:
     blocks = torch.ops.nsa.refine_blocks(
-        q, k, candidates.flatten(2), site.valid(), *site.mask, site.query_tile, site.block,
+        q, k, candidates.flatten(2), *site.terms(), *site.logits, site.query_tile, site.block,
         site.num_selected, site.init_blocks, site.local_window, dense_len,
     )  # fmt: skip
     return blocks.unflatten(2, (site.tiles, site.num_selected))
@@ -30,8 +30,8 @@ def refine(site: Site, q: Tensor, k: Tensor, candidates: Tensor, dense_len: int 
 
 def expected(site: Site, q: Tensor, k: Tensor, candidates: Tensor) -> Tensor:
     return reference.refine_blocks(
-        q, k, candidates, site.valid(), *site.mask, site.query_tile, site.block, site.num_selected,
-        site.init_blocks, site.local_window,
+        q, k, candidates, *site.terms(), *site.logits, site.query_tile, site.block,
+        site.num_selected, site.init_blocks, site.local_window,
     )  # fmt: skip
 
 
@@ -82,11 +82,11 @@ def test_dense_lengths_and_small_proposals_pass_through() -> None:
     assert (refine(site, q, k, nothing, dense_len=site.keys) == -1).all()
 
 
-def test_opcheck() -> None:
-    site = Site()
+@pytest.mark.parametrize("site", [Site(), TERMS["everything"]])
+def test_opcheck(site: Site) -> None:
     q, k, _ = site.tensors(torch.float32)
     args = (
-        q, k, propose(site, q, k).flatten(2), None, *site.mask, site.query_tile, site.block,
-        site.num_selected, site.init_blocks, site.local_window, 0,
+        q, k, propose(site, q, k).flatten(2), *site.terms(), *site.logits, site.query_tile,
+        site.block, site.num_selected, site.init_blocks, site.local_window, 0,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.nsa.refine_blocks.default, args)

@@ -19,12 +19,14 @@ nsa = torch.ops.nsa
 def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[Any, ...]]:
     """Arguments of every operator for one site."""
     q, k, v = site.tensors(torch.float32, requires_grad=requires_grad)
+    rich = site.but(ranges="random", segments="mixed", slopes=True, positions=True, softcap=2.0)
     valid, sizes = site.valid(), (site.compress_block, site.compress_stride)
     channels = nsa.channels(q, k, valid, 8, 0)
     pooled = nsa.compress(k, valid, *sizes)
     tiling = (site.query_tile, site.block)
     budget = (site.num_selected, site.init_blocks, site.local_window, *sizes, dense_len)
-    blocks = nsa.select_blocks(q, k, channels, valid, "channels", *site.mask, *tiling, *budget)
+    select = ("channels", *site.logits, *tiling, *budget)
+    blocks = nsa.select_blocks(q, k, channels, *site.terms(), *select)
     attention = (blocks, valid, *site.mask, *tiling, dense_len)
     out, lse = nsa.selected_attention(q, k, v, *attention)
     detached = [x.detach() for x in (q, k, v, out, lse)]
@@ -33,8 +35,17 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
         "compress": (k, valid, *sizes),
         "compress, spare": (k, valid, *sizes, 2),
         "compress_backward": (pooled.detach(), valid, *sizes, k.shape[2]),
-        "select_blocks": (q, k, channels, valid, "channels", *site.mask, *tiling, *budget),
-        "select_blocks, mean": (q, k, pooled, valid, "mean", *site.mask, *tiling, *budget),
+        "select_blocks": (q, k, channels, *site.terms(), *select),
+        "select_blocks, mean": (q, k, pooled, *site.terms(), "mean", *select[1:]),
+        "select_blocks, terms": (
+            q,
+            k,
+            channels,
+            *rich.terms(),
+            "channels",
+            *rich.logits,
+            *select[6:],
+        ),
         "selected_attention": (q, k, v, *attention),
         "selected_attention_backward": (detached[3], None, *detached, *attention),
         "selected_attention_backward, lse": (detached[3], detached[4], *detached, *attention),
@@ -73,7 +84,8 @@ def test_one_compilation_serves_lengths_and_offsets(offset: int) -> None:
         channels = nsa.channels(q, k, None, 8, 64)
         budget = (5, 1, 20, 8, 4, 64)
         mask = (0.3, True, offset, None)
-        blocks = nsa.select_blocks(q, k, channels, None, "channels", *mask, 16, 16, *budget)
+        absent, logits = (None,) * 6, (0.3, 0.0, *mask[1:])
+        blocks = nsa.select_blocks(q, k, channels, *absent, "channels", *logits, 16, 16, *budget)
         return nsa.selected_attention(q, k, v, blocks, None, *mask, 16, 16, 64)[0]
 
     torch._dynamo.reset()
@@ -105,11 +117,12 @@ def test_flops_count_what_is_read() -> None:
     assert flops(lambda: nsa.selected_attention(q, k, v, blocks, None, *mask, 1024)) == dense
     assert flops(lambda: nsa.selected_attention(q, k, v, blocks, None, *mask, 0)) == dense // 4
     budget = (4, 1, 64, 32, 16)
-    select = (q, k, channels, None, "channels", *mask, *budget)
+    logits = (*(None,) * 6, "channels", 0.1, 0.0, *mask[1:], *budget)
+    select = (q, k, channels, *logits)
     assert flops(lambda: nsa.select_blocks(*select, 0)) == 2 * 8 * 1024 * 1024 * 16
     assert flops(lambda: nsa.select_blocks(*select, dense_len=1024)) == 0
     pooled = nsa.compress(k, None, 32, 16)
-    mean = (q, k, pooled, None, "mean", *mask, *budget, 0)
+    mean = (q, k, pooled, *logits[:6], "mean", *logits[7:], 0)
     assert flops(lambda: nsa.select_blocks(*mean)) == 2 * 8 * 1024 * 63 * 64
 
 

@@ -10,9 +10,9 @@ import nsa_compile.kernels.library  # noqa: F401
 from nsa_compile.kernels.score import cpu as score_cpu
 from nsa_compile.kernels.select import reference
 from nsa_compile.kernels.select.cpu import best_blocks
-from tests.kernels.inputs import MASKS, SIZES, Site, poisoned
+from tests.kernels.inputs import MASKS, SIZES, TERMS, Site, poisoned
 
-ALL = {**MASKS, **SIZES}
+ALL = {**MASKS, **SIZES, **TERMS}
 
 
 def summary(site: Site, scorer: str, q: Tensor, k: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def summary(site: Site, scorer: str, q: Tensor, k: Tensor) -> Tensor:
 
 def select(site: Site, scorer: str, q: Tensor, k: Tensor, dense_len: int = 0) -> Tensor:
     blocks = torch.ops.nsa.select_blocks(
-        q, k, summary(site, scorer, q, k), site.valid(), scorer, *site.mask, site.query_tile,
+        q, k, summary(site, scorer, q, k), *site.terms(), scorer, *site.logits, site.query_tile,
         site.block, site.num_selected, site.init_blocks, site.local_window, site.compress_block,
         site.compress_stride, dense_len,
     )  # fmt: skip
@@ -32,7 +32,7 @@ def select(site: Site, scorer: str, q: Tensor, k: Tensor, dense_len: int = 0) ->
 
 def reference_scores(site: Site, scorer: str, q: Tensor, k: Tensor) -> Tensor:
     return reference.ranked_scores(
-        q, k, summary(site, scorer, q, k), site.valid(), scorer, *site.mask, site.query_tile,
+        q, k, summary(site, scorer, q, k), *site.terms(), scorer, *site.logits, site.query_tile,
         site.block, site.init_blocks, site.local_window, site.compress_block, site.compress_stride,
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_low_precision_inputs(name: str, scorer: str, dtype: torch.dtype) -> Non
     else:
         pooled = summary(site, scorer, q, k).double()
         scores = reference.ranked_scores(
-            q.double(), k.double(), pooled, site.valid(), scorer, *site.mask, site.query_tile,
+            q.double(), k.double(), pooled, *site.terms(), scorer, *site.logits, site.query_tile,
             site.block, site.init_blocks, site.local_window, site.compress_block,
             site.compress_stride,
         )  # fmt: skip
@@ -90,7 +90,11 @@ def test_low_precision_inputs(name: str, scorer: str, dtype: torch.dtype) -> Non
 def test_many_small_pieces(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_cpu, "_PIECE", 256)
     monkeypatch.setattr(score_cpu, "_ROWS", 48)
-    for site in (Site(q_len=300), Site(q_len=300, window=80, padding="scattered")):
+    sites = (
+        Site(q_len=300), Site(q_len=300, window=80, padding="scattered"),
+        Site(q_len=300, ranges="random", segments="mixed", slopes=True, softcap=1.5),
+    )  # fmt: skip
+    for site in sites:
         q, k, _ = site.tensors()
         assert_best(select(site, scorer, q, k), reference_scores(site, scorer, q, k), 1e-9)
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tests.kernels import terms
+
 # Largest relative RMS error of outputs and of gradients.
 TOLERANCE = {
     torch.float32: (1e-5, 1e-5),
@@ -44,6 +46,19 @@ class Case(NamedTuple):
     compress_block: int = 8
     compress_stride: int = 4
     batch: int = 1
+    ranges: str = "none"
+    segments: str = "none"
+    slopes: bool = False
+    positions: bool = False
+    softcap: float = 0.0
+
+    @property
+    def logits(self) -> tuple[float, float, bool, int, int | None]:
+        return self.scale, self.softcap, self.causal, self.offset, self.window
+
+    def terms(self, valid: Tensor | None) -> tuple[Tensor | None, ...]:
+        """valid, ranges, query and key segments, slopes, positions: as operators take them."""
+        return terms.tensors(self, self.heads, self.kv_len, valid)
 
     @property
     def mask(self) -> tuple[float, bool, int, int | None]:
@@ -145,8 +160,10 @@ def select(
 ) -> None:
     """The chosen blocks: visible, ascending, the forced ones, and by score as good as the best."""
     from nsa_compile.kernels.compress import reference as compress_reference
+    from nsa_compile.kernels.modifiers import Modifiers
     from nsa_compile.kernels.score import reference as score_reference
     from nsa_compile.kernels.select import reference, triton_kernel
+    from nsa_compile.kernels.visibility import Visibility
 
     q, k, _, valid = inputs(case, dtype)
     if scorer == "channels":
@@ -154,14 +171,19 @@ def select(
     else:
         compression = (case.compress_block, case.compress_stride)
         summary = compress_reference.compress(k.double(), valid, *compression).to(dtype)
-    sizes = (scorer, *case.mask, case.query_tile, case.block)
+    sizes = (case.query_tile, case.block)
     forced = (1, case.local_window, case.compress_block, case.compress_stride)
     exact_summary = summary if scorer == "channels" else summary.double()
-    worth = reference.ranked_scores(q.double(), k.double(), exact_summary, valid, *sizes, *forced)
-    on_device = [x if x is None else x.to(device) for x in (q, k, summary, valid)]
+    wide, tensors = (q.double(), k.double(), exact_summary), case.terms(valid)
+    worth = reference.ranked_scores(*wide, *tensors, scorer, *case.logits, *sizes, *forced)
+    on_device = [x.to(device) for x in (q, k, summary)]
+    tensors = [x if x is None else x.to(device) for x in tensors]
+    extra = Visibility(*tensors[:4]), Modifiers(*tensors[4:], case.softcap)
     with poisoned(), replaced(triton_kernel, overrides):
         picked, again = (
-            triton_kernel.select_blocks(*on_device, *sizes, case.count, *forced).cpu()
+            triton_kernel.select_blocks(
+                *on_device, *extra, scorer, *case.mask, *sizes, case.count, *forced
+            ).cpu()
             for _ in range(2)
         )
     assert torch.equal(picked, again), "two runs differ"
