@@ -50,6 +50,13 @@ _ROWS = (
         "scaled_dot_product_attention",
         "query key value attn_mask dropout_p is_causal scale enable_gqa",
     ),
+    _Row("softmax", "x dim", "_softmax _safe_softmax"),
+    # products
+    _Row("matmul", "x y", "mm bmm __matmul__"),
+    _Row("baddbmm", "x batch1 batch2 beta alpha"),
+    _Row("addmm", "x mat1 mat2 beta alpha"),
+    _Row("einsum", "equation *operands"),
+    _Row("linear", "x weight bias"),
     # creation
     _Row("arange", "*range"),
     _Row("full", "*sizes fill_value"),
@@ -120,6 +127,11 @@ _ROWS = (
     _Row("minimum", "x y"),
     _Row("maximum", "x y"),
     _Row("clamp", "x min max", "clip clamp_min clamp_max"),
+    _Row("tanh", "x"),
+    _Row("sqrt", "x"),
+    _Row("max", "x dim keepdim", "amax"),
+    _Row("nan_to_num", "x nan posinf neginf"),
+    _Row("dropout", "x p training", "native_dropout"),
     # selection and structure
     _Row("where", "condition x y"),
     _Row("masked_fill", "x mask value"),
@@ -140,7 +152,10 @@ _PARAMETERS = {
     "input": "x",
     "self": "x",
     "tensor": "x",
+    "train": "training",
     "other": "y",
+    "mat2": "y",
+    "tensor2": "y",
     "axis": "dim",
     "size": "sizes",
     "shape": "sizes",
@@ -178,13 +193,23 @@ def view(node: fx.Node) -> Op | None:
     """The canonical form of ``node``, or None when the dialect has no row for it."""
     row, inplace, overload = _row(node)
     if row is None:
-        return None
+        return _attribute(node) if node.target is getattr else None
     args = list(node.args)
     if overload == "clamp_max" and len(args) == 2:
         args.insert(1, None)  # clamp_max(x, max)
     if row.name == "where" and _is_method(node) and len(args) == 3:
         args[:2] = args[1], args[0]  # x.where(condition, y)
     return Op(row.name, _bind(row, args, node.kwargs), inplace)
+
+
+def _attribute(node: fx.Node) -> Op | None:
+    """``x.mT`` and ``x.T`` are transpositions."""
+    x, attribute = node.args[:2]
+    if attribute in ("mT", "mH"):
+        return Op("transpose", {"x": x, "dim0": -2, "dim1": -1})
+    if attribute in ("T", "H"):
+        return Op("t", {"x": x})
+    return None
 
 
 def written(node: fx.Node) -> list[fx.Node]:

@@ -15,6 +15,12 @@ class Reason(Enum):
         "build the mask from positions (arange, compare), tril/triu or a padding mask inside the "
         "compiled region, or pass is_causal=True",
     )
+    MASK_FROM_OUTSIDE = (
+        "mask_from_outside",
+        "the mask comes into the graph ready-made, so what it hides is unknown: {detail}",
+        "pass a padding mask [B, T] instead of a 4-d one, or build the mask inside the compiled "
+        "region (a graph break between mask and attention also hides how it was built)",
+    )
     DROPOUT = (
         "dropout",
         "attention dropout is active: {detail}",
@@ -51,6 +57,11 @@ class Reason(Enum):
         "one query against a cache reads every key once already: {detail}",
         "nothing to do: prefill is converted, decoding stays dense",
     )
+    WEIGHTS_ESCAPE = (
+        "weights_escape",
+        "something other than the product with the values reads the attention weights: {detail}",
+        "do not ask for the weights (output_attentions=False, need_weights=False)",
+    )
     ALREADY_LOCAL = (
         "already_local",
         "its own mask lets a query see no more keys than the sparse budget reads: {detail}",
@@ -60,6 +71,21 @@ class Reason(Enum):
         "modifier_not_supported",
         "the operators do not compute this kind of score: {detail}",
         "keep this layer dense, or write its scores without it",
+    )
+    ADDITIVE_BIAS = (
+        "additive_bias",
+        "a dense bias is added to the scores: {detail}",
+        "keep this layer dense: blocks cannot be chosen under an arbitrary bias",
+    )
+    DATA_DEPENDENT_MASK = (
+        "data_dependent_mask",
+        "the mask is computed from activations: {detail}",
+        "keep this layer dense: it chooses its keys itself",
+    )
+    UNRECOGNISED_ATTENTION = (
+        "unrecognised_attention",
+        "a softmax between two matrix products that is spelled in an unknown way: {detail}",
+        "use scaled_dot_product_attention, or report the graph (TORCH_LOGS=graph_code)",
     )
     SIZES_DO_NOT_FIT = (
         "sizes_do_not_fit",

@@ -1,77 +1,77 @@
-"""The nodes that compute attention, with the arguments of their spelling read out."""
+"""One attention as its spelling gives it: operands by element, before its axes are told apart."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from nsa_compile.passes import dialect
-
-_SDPA = "scaled_dot_product_attention"
+from nsa_compile.passes.masks.affine import Affine
+from nsa_compile.passes.masks.lift import Lifter
+from nsa_compile.passes.masks.term import Term
+from nsa_compile.passes.masks.views import Element, Index
+from nsa_compile.passes.match.logits import Factor
+from nsa_compile.passes.reasons import Refusal
 
 
 @dataclass(frozen=True)
 class Root:
-    """One attention as its spelling gives it, heads not yet undone and mask not yet proven."""
+    """The output element ``output[out]`` and what it reads, in the index variables of the spelling.
+
+    ``sum over key of softmax(scale * query . key) * value``, the product running over ``channel``.
+
+    Attributes:
+        query, key, value: the elements that meet at ``key_at``, ``channel`` and ``value_channel``.
+        reader: the node that reads query and key; it decides which in-place writes they see.
+        terms: what else happens to the logits, in order.
+        factors: tensors that multiply the logits.
+        sinks: the element of one more logit a row.
+        dtype: in which the logits are computed.
+        refusal: why the site cannot be converted, where its spelling alone says so.
+    """
 
     output: fx.Node
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    mask: fx.Node | None
-    is_causal: bool | fx.Node
+    out: Index
+    query: Element
+    key: Element
+    value: Element
+    key_at: Affine
+    channel: Affine
+    value_channel: Affine
+    reader: fx.Node
     scale: float | fx.Node
-    dropout: float
+    dtype: torch.dtype
     spelling: str
+    terms: tuple[Term, ...] = ()
+    is_causal: bool | fx.Node = False
+    dropout: float = 0.0
+    softcap: float = 0.0
+    factors: tuple[Factor, ...] = ()
+    sinks: Element | None = None
+    mask: fx.Node | None = None
+    refusal: Refusal | None = None
 
 
-def find_roots(graph: fx.Graph) -> Iterator[Root]:
-    """Every attention of ``graph``, in graph order."""
-    for node in graph.nodes:
-        if _SDPA in str(node.target):
-            root = _sdpa(node)
-            if root is not None:
-                yield root
+@dataclass(frozen=True)
+class Unparsed:
+    """An attention whose shapes or steps could not be read: reported, never converted."""
+
+    output: fx.Node
+    refusal: Refusal
+    spelling: str
+    query: fx.Node | None = None
+    key: fx.Node | None = None
+    value: fx.Node | None = None
+    mask: fx.Node | None = None
+    operands: tuple[fx.Node, ...] = field(default=())
 
 
-def _sdpa(node: fx.Node) -> Root | None:
-    op = dialect.view(node)
-    if op is None or op.name != _SDPA:
-        return None
-    query, key, value, mask = op["query"], op["key"], op["value"], op["attn_mask"]
-    return Root(
-        output=node,
-        query=query,
-        key=key,
-        value=value,
-        mask=mask,
-        is_causal=op["is_causal"] or False,
-        scale=_scale(op["scale"], query),
-        dropout=_number(op["dropout_p"] or 0.0),
-        spelling="sdpa",
-    )
+def find_roots(graph: fx.Graph, lifter: Lifter) -> Iterator[Root | Unparsed]:
+    """Every attention of ``graph``, in the order of their outputs."""
+    from nsa_compile.passes.match import eager, sdpa
 
-
-def _scale(scale: Any, query: fx.Node) -> float | fx.Node:
-    """``scale``, or its default ``1 / sqrt(D)``; the node where only that knows the number."""
-    if scale is None:
-        shape = dialect.shape(query)
-        width = shape[-1] if shape else None
-        return 1 / math.sqrt(width) if isinstance(width, int) and width > 0 else math.nan
-    number = _number(scale)
-    return scale if isinstance(scale, fx.Node) and math.isnan(number) else number
-
-
-def _number(argument: Any) -> float:
-    """A float, or NaN for one that is only known at run time."""
-    if isinstance(argument, fx.Node):
-        argument = dialect.value(argument)
-    if isinstance(argument, (torch.SymFloat, torch.SymInt)):
-        expression = argument.node.expr
-        return float(expression) if expression.is_number else math.nan
-    return float(argument) if isinstance(argument, (int, float)) else math.nan
+    found = [*sdpa.find(graph, lifter), *eager.find(graph, lifter)]
+    order = {node: position for position, node in enumerate(graph.nodes)} if found else {}
+    yield from sorted(found, key=lambda root: order[root.output])

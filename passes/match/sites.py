@@ -1,4 +1,4 @@
-"""Assemble attention sites: roots with heads undone, mask proven and origin named."""
+"""Assemble attention sites: roots laid out, masks proven and origins named."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import Geometry, Prover
+from nsa_compile.passes.masks.affine import Var
 from nsa_compile.passes.masks.sizes import Size
-from nsa_compile.passes.match import heads, origin
-from nsa_compile.passes.match.roots import Root, find_roots
+from nsa_compile.passes.match import axes, layout, modifiers, origin
+from nsa_compile.passes.match.layout import Layout, Operand
+from nsa_compile.passes.match.roots import Root, Unparsed, find_roots
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Mask
 
@@ -29,54 +31,84 @@ def find_sites(
     Returns:
         One site an attention, also where it cannot be converted: then ``mask`` is the refusal.
     """
+    if not any("softmax" in name or "attention" in name for name in _names(gm.graph)):
+        return []
     prover = Prover(gm, values or {})
     ordinals: dict[str, int] = {}
     sites = []
-    for root in find_roots(gm.graph):
-        path, cls = origin.module(root.output)
-        ordinal = ordinals.get(path, 0)
-        ordinals[path] = ordinal + 1
-        sites.append(_site(root, prover, path, cls, ordinal))
+    for root in find_roots(gm.graph, prover.lifter):
+        site = _site(root, prover)
+        site.ordinal = ordinals.get(site.module, 0)
+        ordinals[site.module] = site.ordinal + 1
+        sites.append(site)
     return sites
 
 
-def _site(root: Root, prover: Prover, path: str, cls: str, ordinal: int) -> AttentionSite:
-    key, value = root.key, root.value
-    refusal = _wrong_shape(root)
-    if refusal is None:
-        key, value = heads.undo(key, value, root.output, prover.lifter)
-    q, k, v = (_four(dialect.shape(n)) for n in (root.query, key, value))
-    geometry = Geometry(q[0], q[1], q[2], k[2])
-    mask = refusal or _decode(geometry) or _prove(root, geometry, prover)
+def _names(graph: fx.Graph) -> set[str]:
+    return {dialect.name(node) for node in graph.nodes if node.op.startswith("call")}
+
+
+def _site(root: Root | Unparsed, prover: Prover) -> AttentionSite:
+    if isinstance(root, Unparsed):
+        return _kept(root, root.refusal)
+    laid_out = layout.resolve(root, prover.lifter)
+    if isinstance(laid_out, Refusal):
+        given = (root.query.node, root.key.node, root.value.node)
+        return _kept(
+            Unparsed(root.output, root.refusal or laid_out, root.spelling, *given, root.mask)
+        )
+    return _laid_out(root, laid_out, prover)
+
+
+def _laid_out(root: Root, laid_out: Layout, prover: Prover) -> AttentionSite:
+    geometry = laid_out.geometry
+    mask: Mask | Refusal | None = root.refusal or _decode(geometry)
+    found = (
+        modifiers.read(root, laid_out, prover)
+        if mask is None
+        else modifiers.Found(scale=root.scale)
+    )
+    mask = mask or found.refusal
+    if mask is None:
+        mask = _prove(root, geometry, found, prover)
+    module, module_class = origin.module(root.output)
+    q, k, v = laid_out.query, laid_out.key, laid_out.value
     return AttentionSite(
         output=root.output,
-        query=root.query,
-        key=key,
-        value=value,
-        scale=root.scale,
+        query=q.node,
+        key=k.node,
+        value=v.node,
+        scale=found.scale,
         dropout=root.dropout,
         mask_node=root.mask,
         mask=mask,
-        spelling=root.spelling,
-        module=path,
-        module_class=cls,
+        spelling=root.output.meta.get("nsa_spelling", root.spelling),
+        module=module,
+        module_class=module_class,
         source=origin.source(root.output),
-        ordinal=ordinal,
-        q_heads=_static(q[1]),
-        kv_heads=_static(k[1]),
-        head_dim=_static(q[3]),
-        value_dim=_static(v[3]),
-        batch=_size(root.query, 0, q),
-        q_len=_size(root.query, -2, q),
-        kv_len=_size(key, -2, k),
-        dtype=_dtype(root.output),
+        ordinal=0,
+        q_heads=_static(geometry.q_heads),
+        kv_heads=_product(laid_out.kv_heads),
+        head_dim=_product(axes.axes((root.channel,))),
+        value_dim=_product(axes.axes((root.value_channel,))),
+        batch=_extent(laid_out, laid_out.roles.batch),
+        q_len=_extent(laid_out, laid_out.roles.rows),
+        kv_len=_extent(laid_out, axes.axes((root.key_at,))),
+        dtype=laid_out.dtype,
+        modifiers=found.modifiers,
+        query_steps=q.steps + found.query_steps,
+        key_steps=k.steps,
+        value_steps=v.steps,
+        output_steps=laid_out.output_steps,
     )
 
 
-def _prove(root: Root, geometry: Geometry, prover: Prover) -> Mask | Refusal:
+def _prove(
+    root: Root, geometry: Geometry, found: modifiers.Found, prover: Prover
+) -> Mask | Refusal:
     if not isinstance(root.is_causal, bool):
         return Refusal(Reason.MASK_NOT_UNDERSTOOD, f"is_causal={root.is_causal} is no constant")
-    return prover.prove(geometry, root.mask, root.is_causal, root.output)
+    return prover.prove(geometry, found.terms, root.is_causal, root.output)
 
 
 def _decode(geometry: Geometry) -> Refusal | None:
@@ -85,58 +117,78 @@ def _decode(geometry: Geometry) -> Refusal | None:
     return None
 
 
-def _wrong_shape(root: Root) -> Refusal | None:
-    """Why the operators do not take these tensors, None when they do."""
-    shapes = []
-    for name, node in (("q", root.query), ("k", root.key), ("v", root.value)):
-        shape = dialect.shape(node) if isinstance(node, fx.Node) else None
-        if shape is None:
-            return Refusal(Reason.UNSUPPORTED_SHAPE, f"{name} has no recorded shape")
-        if len(shape) != 4:
-            return Refusal(Reason.UNSUPPORTED_SHAPE, f"{name} is {_shown(shape)}, not 4-d")
-        if not isinstance(shape[1], int) or not isinstance(shape[3], int):
-            return Refusal(
-                Reason.UNSUPPORTED_SHAPE,
-                f"{name} is {_shown(shape)}: heads and head width must be constants",
-            )
-        shapes.append(shape)
-    return _disagreement(*shapes)
+def _kept(root: Unparsed, refusal: Refusal | None = None) -> AttentionSite:
+    """A site of which only shapes are told."""
+    module, module_class = origin.module(root.output)
+    nodes = [each if each is not None else root.output for each in (root.query, root.key)]
+    q, k = (_four(node) for node in nodes)
+    v = _four(root.value) if root.value is not None else k
+    return AttentionSite(
+        output=root.output,
+        query=nodes[0],
+        key=nodes[1],
+        value=root.value if root.value is not None else nodes[1],
+        scale=1.0,
+        dropout=0.0,
+        mask_node=root.mask,
+        mask=refusal or root.refusal,
+        spelling=root.output.meta.get("nsa_spelling", root.spelling),
+        module=module,
+        module_class=module_class,
+        source=origin.source(root.output),
+        ordinal=0,
+        q_heads=_static(q[1]),
+        kv_heads=_static(k[1]),
+        head_dim=_static(q[3]),
+        value_dim=_static(v[3]),
+        batch=q[0],
+        q_len=q[2],
+        kv_len=k[2],
+        dtype=_dtype(nodes[0]),
+    )
 
 
-def _disagreement(q: tuple[Size, ...], k: tuple[Size, ...], v: tuple[Size, ...]) -> Refusal | None:
-    shown = f"q {_shown(q)}, k {_shown(k)}, v {_shown(v)}"
-    if not q[0] == k[0] == v[0]:
-        return Refusal(Reason.UNSUPPORTED_SHAPE, f"batches differ: {shown}")
-    if k[1] != v[1] or q[3] != k[3] or k[2] != v[2]:
-        return Refusal(Reason.UNSUPPORTED_SHAPE, f"q, k and v do not fit together: {shown}")
-    assert isinstance(q[1], int)
-    assert isinstance(k[1], int)
-    if k[1] < 1 or q[1] % k[1]:
-        return Refusal(Reason.UNSUPPORTED_SHAPE, f"query heads are no multiple of k heads: {shown}")
+def _four(node: fx.Node) -> tuple[Any, ...]:
+    """``[..., H, T, D]`` as ``[B, H, T, D]`` for reports of shapes that are not converted."""
+    fake = dialect.value(node)
+    shape = tuple(fake.shape) if isinstance(fake, torch.Tensor) else ()
+    return ((1,) * 4 + shape)[-4:] if len(shape) <= 4 else (shape[0], *shape[-3:])
+
+
+def _extent(laid_out: Layout, vars_: Any) -> Any:
+    """How many elements ``vars_`` run over: an int, or a SymInt as some operand has it."""
+    result: Any = 1
+    for var in vars_:
+        constant = var.size.constant
+        result = result * (_symbol(laid_out, var) if constant is None else constant)
+    return result
+
+
+def _symbol(laid_out: Layout, var: Var) -> Any:
+    for operand in (laid_out.query, laid_out.key, laid_out.value):
+        found = _dimension(operand, var)
+        if found is not None:
+            return found
+    return 0
+
+
+def _dimension(operand: Operand, var: Var) -> Any:
+    fake = dialect.value(operand.node)
+    for size, at in zip(fake.shape, operand.at, strict=True):
+        if at.terms.get(var) == 1 and len(at.terms) == 1:
+            return size
+        if var in at.terms and at.terms[var] == max(at.terms.values()):
+            return size // at.terms[var]
     return None
 
 
-def _shown(shape: tuple[Size, ...]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _four(shape: tuple[Size, ...] | None) -> tuple[Size, ...]:
-    """``[..., H, T, D]`` as ``[B, H, T, D]`` for reports of shapes that are not converted."""
-    shape = shape or ()
-    return ((1,) * 4 + shape)[-4:] if len(shape) <= 4 else (shape[0], *shape[-3:])
+def _product(vars_: Any) -> int:
+    extent = axes.extent(vars_)
+    return 0 if extent is None or extent.constant is None else extent.constant
 
 
 def _static(size: Size) -> int:
     return size if isinstance(size, int) else 0
-
-
-def _size(node: fx.Node, dim: int, shape: tuple[Size, ...]) -> Any:
-    """The size as the graph has it: an int or a SymInt."""
-    fake = dialect.value(node)
-    if isinstance(fake, torch.Tensor) and fake.dim() == 4:
-        return fake.shape[dim]
-    position = dim % 4
-    return shape[position] if isinstance(shape[position], int) else 0
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
