@@ -24,12 +24,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nsa_compile.passes import decide
 from tests.sweep.table import show
 from tests.sweep.trial import Case, Row, rows
 
-# (padding, cache) of the everyday run; --all-inputs has the other combinations too.
-_FEW = (("none", False), ("left", False), ("none", True), ("right", True))
-_ALL = tuple((padding, cache) for padding in ("none", "left", "right") for cache in (False, True))
+# (padding, cache)
+_INPUTS = {
+    "few": (("none", False), ("left", True)),
+    "some": (("none", False), ("none", True), ("left", False), ("right", True)),
+    "all": tuple((padding, cache) for padding in ("none", "left", "right") for cache in (0, 1)),
+}
 
 
 @dataclass
@@ -47,16 +51,23 @@ class Job:
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(1)
+    if options.local:
+        decide._already_local = lambda site, config: None
     tasks = ["causal"] * (options.task != "masked") + ["masked"] * (options.task != "causal")
     found: list[Row] = []
-    console = Console(width=None if sys.stdout.isatty() else 160)
     for task in tasks:
         names = [n for n in _architectures(task) if fnmatch.fnmatch(n, options.only)]
-        found += _sweep(names, _cases(options, task), task, options)
-    show(found, console)
-    if options.json:
-        options.json.write_text(json.dumps([row.to_dict() for row in found], indent=1) + "\n")
+        for rows_of_one in _sweep(names, _cases(options, task), task, options):
+            found += rows_of_one
+            _save(found, options.json)
+    show(found, Console(width=None if sys.stdout.isatty() else 160))
     return int(any(row.failed for row in found))
+
+
+def _save(found: list[Row], path: Path | None) -> None:
+    """Written after every architecture, so that an interrupted sweep leaves what it found."""
+    if path is not None:
+        path.write_text(json.dumps([row.to_dict() for row in found], indent=1) + "\n")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,10 +75,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="*", metavar="GLOB", help="model types to run")
     parser.add_argument("--task", choices=("causal", "masked", "both"), default="causal")
     parser.add_argument("--implementation", choices=("sdpa", "eager"), help="default: both")
-    parser.add_argument("--all-inputs", action="store_true", help="every padding with every cache")
+    parser.add_argument("--inputs", choices=_INPUTS, default="some", help="padding and cache")
+    parser.add_argument("--local", action="store_true", help="convert local layers as well")
     parser.add_argument("--dynamic", action="store_true", help="compile with symbolic sizes")
     parser.add_argument("--jobs", type=int, default=1, metavar="N")
-    parser.add_argument("--limit", type=float, default=120, help="seconds an architecture may take")
+    parser.add_argument("--limit", type=float, default=240, help="seconds an architecture may take")
     parser.add_argument("--json", type=Path, metavar="PATH")
     return parser.parse_args(arguments)
 
@@ -85,11 +97,11 @@ def _architectures(task: str) -> list[str]:
 
 
 def _cases(options: argparse.Namespace, task: str) -> list[Case]:
-    inputs = _ALL if options.all_inputs else _FEW
+    inputs = _INPUTS[options.inputs]
     if task == "masked":
         inputs = tuple((padding, False) for padding in ("none", "left", "right"))
     return [
-        Case(implementation, padding, cache, options.dynamic)
+        Case(implementation, padding, bool(cache), options.dynamic)
         for implementation in ("sdpa", "eager")
         if options.implementation in (None, implementation)
         for padding, cache in inputs
@@ -98,15 +110,13 @@ def _cases(options: argparse.Namespace, task: str) -> list[Case]:
 
 def _sweep(
     names: list[str], cases: list[Case], task: str, options: argparse.Namespace
-) -> list[Row]:
+) -> Iterator[list[Row]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    found: list[Row] = []
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task(task, total=len(names))
         for job in _run(names, cases, task, options):
-            found += job.rows
             progress.update(bar, advance=1, description=f"{task}: {job.name:24.24}")
-    return found
+            yield job.rows
 
 
 def _run(
