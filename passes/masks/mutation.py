@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from nsa_compile.passes import dialect
@@ -57,9 +59,22 @@ class Mutations:
         # An in-place view (unsqueeze_) changes the shape that ``node`` was recorded with.
         same_shape = dialect.shape(last) is not None and dialect.shape(last) == dialect.shape(node)
         functional = op is not None and op.inplace and same_shape
-        if functional and (node is last or (node is last.args[0] and node is _base(node))):
+        if functional and (node is last or _whole(node) is _whole(last.args[0]) is _base(node)):
             return last
         return f"written to in place by {dialect.describe(last)}"
+
+
+def _whole(node: Any) -> Any:
+    """The tensor that ``node`` is as a whole: what in-place operators answer is their operand."""
+    while isinstance(node, fx.Node):
+        op = dialect.view(node)
+        if op is None or not op.inplace or not node.args:
+            break
+        first = node.args[0]
+        if not isinstance(first, fx.Node) or dialect.shape(first) != dialect.shape(node):
+            break
+        node = first
+    return node
 
 
 def _base(node: fx.Node) -> fx.Node:

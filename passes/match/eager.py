@@ -16,6 +16,7 @@ from nsa_compile.passes.masks.views import Element
 from nsa_compile.passes.match import weights as downwards
 from nsa_compile.passes.match.escapes import escaping
 from nsa_compile.passes.match.facts import PRODUCTS, Facts
+from nsa_compile.passes.match.features import are_rows
 from nsa_compile.passes.match.logits import Grammar, Logits
 from nsa_compile.passes.match.products import Product, variables
 from nsa_compile.passes.match.roots import Root, Unparsed
@@ -110,6 +111,8 @@ def _parse(softmax: fx.Node, op: Op, below: Product, grammar: Grammar) -> Root |
     }
     if rows and rows <= {v for at in weights.value.at for v in at.variables()}:
         return None  # every query has values of its own: a mixture, not attention
+    if are_rows(query, channel, lifter):
+        return None
     value_label = _value_channel(below, weights)
     return Root(
         output=below.node,

@@ -84,6 +84,10 @@ class _Resolver:
         keys = self.splits.apply((self.root.key_at,))[0]
         masks = [self.splits.apply(term.at) for term in self.root.terms if term.at is not None]
         q, k, v = self._chains()
+        for (node, _), found in zip(self.elements, (q, k, v), strict=True):
+            if not found:
+                why = "it is written to in place before the attention's end"
+                return Refusal(Reason.UNRECOGNISED_ATTENTION, f"{dialect.describe(node)}: {why}")
         # Batch stays batch, even where keys are the same for all of it.
         batch = set(axes.axes(out[:1])[:1])
         of_query, of_key, of_value = (

@@ -98,7 +98,7 @@ def _search(
             op = dialect.view(user)
             if op is not None and passes(op) and not dialect.written(user):
                 queue.append(user)
-            elif op is None or op.name not in PRODUCTS:
+            else:
                 unknown.append(user)
     return None
 
