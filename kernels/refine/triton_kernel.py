@@ -9,8 +9,6 @@ logits, one a candidate, in registers. Exponentials are base 2.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,20 @@ import triton.language as tl
 from nsa_compile.kernels.attend.triton_rows import Launch, program_rows, warps_for
 from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.refine.ranking import best_candidates, forced_candidates
-from nsa_compile.kernels.triton_site import LOG2_E, dense_rows, mask_pointer, mask_strides, visible
+from nsa_compile.kernels.triton_site import (
+    LOG2_E,
+    capped,
+    dense_rows,
+    mask_pointer,
+    mask_strides,
+    place_of,
+    row_range,
+    row_segment,
+    row_slope,
+    seen_in_terms,
+    terms,
+    visible,
+)
 from nsa_compile.kernels.visibility import Visibility
 
 # By sixteen-bit inputs and head dim padded to a power of two.
@@ -34,9 +45,11 @@ LAUNCHES: dict[tuple[bool, int], Launch] = {
 
 @triton.jit
 def _listed_logits(
-    best, q, k, valid, ids, start, stop, position, scale, kv_len, window, k_row, valid_row,
-    D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
-    M: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
+    best, q, k, valid, ids, start, stop, position, scale, kv_len, window, k_row, valid_row, row_low,
+    row_high, segment, slope, place, key_segments, positions, cap, D: tl.constexpr,
+    DP: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr, M: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr,
+    SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Logits of the candidates [start, stop) of a tile, each written to its column of ``best``."""
@@ -55,16 +68,29 @@ def _listed_logits(
         else:
             tile = tl.load(pointers)
         s = tl.dot(q, tl.trans(tile), input_precision="ieee")
+        if SLOPED:
+            s = s * scale
+            if CAPPED:
+                s = capped(s, cap)
+            away = place_of(key, positions, kv_len, SLOPED, PLACED)[None, :] - place[:, None]
+            s = s + slope[:, None] * away
         if MASKED:
             seen = visible(position[:, None], key[None, :], kv_len, window, CAUSAL, WINDOWED)
             seen = seen & inside[None, :]
+            seen = seen_in_terms(
+                seen, key, inside, row_low, row_high, segment, key_segments, RANGED, SEGMENTED
+            )
             if PADDED:
                 real = tl.load(valid + key.to(tl.int64) * valid_row, mask=inside, other=0)
                 seen = seen & (real != 0)[None, :]
             s = tl.where(seen, s, float("-inf"))
         elif BN > L:
             s = tl.where(inside[None, :], s, float("-inf"))
-        x = tl.max(s, 1) * scale
+        x = tl.max(s, 1)
+        if not SLOPED:
+            x = x * scale
+            if CAPPED:  # without slopes the cap is monotone
+                x = capped(x, cap)
         best = tl.where((slot == at)[None, :], tl.maximum(best, x[:, None]), best)
     return best
 
@@ -72,11 +98,13 @@ def _listed_logits(
 @triton.jit
 def _listed_scores(
     q, k, valid, ids, counts, part, scale, tiles, kv_heads, q_len, kv_len, offset, window,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, valid_batch, valid_row,
-    G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, valid_batch, valid_row, ranges, ranges_batch,
+    query_segments, query_segments_batch, key_segments, key_segments_batch, slopes, positions,
+    positions_batch, cap, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
     CHUNKS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
+    RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr,
+    CAPPED: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     chunk = (pid % CHUNKS).to(tl.int32)
@@ -100,6 +128,12 @@ def _listed_scores(
     if NEGATIVE:
         q_tile = -q_tile
     position = query + offset
+    row_low, row_high = row_range(ranges + batch * ranges_batch, query, mine, RANGED)
+    segment = row_segment(query_segments + batch * query_segments_batch, query, mine, SEGMENTED)
+    segments = key_segments + batch * key_segments_batch
+    slope = row_slope(slopes, head, mine, SLOPED)
+    places = positions + batch * positions_batch
+    place = place_of(position, places, kv_len, SLOPED, PLACED)
     k_base = k + batch * k_batch + kv_head * k_head
     valid_base = valid + batch * valid_batch
     ids_base = ids + entry * N
@@ -108,11 +142,13 @@ def _listed_scores(
     best = tl.full([M, SLOTS], float("-inf"), tl.float32)
     best = _listed_logits(
         best, q_tile, k_base, valid_base, ids_base, 0, full, position, scale, kv_len, window, k_row,
-        valid_row, D, DP, L, BN, SLOTS, M, CAUSAL, WINDOWED, PADDED, False,
+        valid_row, row_low, row_high, segment, slope, place, segments, places, cap, D, DP, L, BN,
+        SLOTS, M, CAUSAL, WINDOWED, PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, False,
     )  # fmt: skip
     best = _listed_logits(
         best, q_tile, k_base, valid_base, ids_base, full, count, position, scale, kv_len, window,
-        k_row, valid_row, D, DP, L, BN, SLOTS, M, CAUSAL, WINDOWED, PADDED, True,
+        k_row, valid_row, row_low, row_high, segment, slope, place, segments, places, cap, D, DP, L,
+        BN, SLOTS, M, CAUSAL, WINDOWED, PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, True,
     )  # fmt: skip
     top = tl.max(best, 1)
     weight = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top)[:, None])
@@ -128,9 +164,7 @@ def refine_blocks(
     query_tile: int, block: int, num_selected: int, init_blocks: int, local_window: int,
 ) -> torch.Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n] out of ``candidates`` [B, Hkv, NT, m], ascending, -1 padded."""
-    valid = visibility.valid
-    if not replace(visibility, valid=None).unlimited or modifiers != Modifiers():
-        raise NotImplementedError("ranges, segments, ALiBi and softcap on the GPU")
+    valid, extra = visibility.valid, terms(visibility, modifiers, q)
     batch, q_heads, q_len, dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     q, k = dense_rows(q), dense_rows(k)
@@ -143,7 +177,7 @@ def refine_blocks(
     order = (~free).to(torch.int8).sort(dim=-1, stable=True).indices
     ids = candidates.gather(-1, order).contiguous()
     full = free.new_zeros(free.shape)
-    if window is None and valid is None:
+    if window is None and visibility.unlimited:
         first = torch.arange(tiles, device=q.device)[:, None] * query_tile + offset
         end = (candidates + 1) * block
         full = free & (end <= kv_len)
@@ -160,10 +194,10 @@ def refine_blocks(
         q, k, mask_pointer(valid, q), ids, counts, part,
         abs(scale) * LOG2_E, tiles, kv_heads, q_len, kv_len, offset, window or 0,
         *q.stride()[:3], *k.stride()[:3], *mask_strides(valid),
-        G=group, N=listed, R=query_tile, L=block, D=dim, DP=padded, M=rows, BN=launch.keys,
-        SLOTS=slots, CHUNKS=chunks, CAUSAL=causal, WINDOWED=window is not None,
-        PADDED=valid is not None, NEGATIVE=scale < 0, num_warps=warps_for(launch, rows),
-        num_stages=launch.stages,
+        *extra.arguments, G=group, N=listed, R=query_tile, L=block, D=dim, DP=padded, M=rows,
+        BN=launch.keys, SLOTS=slots, CHUNKS=chunks, CAUSAL=causal, WINDOWED=window is not None,
+        PADDED=valid is not None, **extra.flags, NEGATIVE=scale < 0,
+        num_warps=warps_for(launch, rows), num_stages=launch.stages,
     )  # fmt: skip
     weights = part.amax(dim=3)[..., :listed]
     scores = torch.zeros_like(weights).scatter_(-1, order, weights)

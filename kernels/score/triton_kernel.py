@@ -18,24 +18,36 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.score.triton_rows import Launch, deal_rows
 from nsa_compile.kernels.score.triton_statistic import channels
 from nsa_compile.kernels.triton_site import (
     LOG2_E,
+    capped,
+    common_keys,
     key_ranges,
     mask_pointer,
     mask_strides,
+    place_of,
+    row_range,
+    row_segment,
+    row_slope,
+    seen_in_terms,
+    terms,
     visible,
 )
+from nsa_compile.kernels.visibility import Visibility
 
 __all__ = ["channel_scores", "channels", "pack_keys"]
 
 # One H100, 65,536 tokens, 32/8 heads, 32 channels, ms: 128x256 with 4 warps and 3 programs a
 # processor 7.2, 8 warps 8.0, 128x128 8.6, 256x128 8.5, two programs a processor 8.8; with float32
 # products 10.0. The product alone takes 5.5.
-LAUNCHES: dict[bool, Launch] = {
-    True: Launch(128, 256, 4, 3, programs=3, registers=168),
-    False: Launch(32, 64, 4, 1, programs=4),
+# By sixteen-bit inputs and whether logits are float32, which ALiBi's distances ask for.
+LAUNCHES: dict[tuple[bool, bool], Launch] = {
+    (True, False): Launch(128, 256, 4, 3, programs=3, registers=168),
+    (True, True): Launch(64, 128, 4, 2, programs=2),
+    (False, True): Launch(32, 64, 4, 1, programs=4),
 }
 
 
@@ -152,8 +164,10 @@ def _pack_keys(
 @triton.jit
 def _block_logits(
     top, total, q, packed, strip, some, valid, start, stop, position, kv_len, blocks, window,
-    valid_row, M: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
-    BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
+    valid_row, row_low, row_high, segment, slope, place, key_segments, positions, cap,
+    M: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, BLOCKS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr,
+    SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
     NATIVE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Groups [start, stop): logits to the strip; running maximum and sum, by block of a group."""
@@ -173,12 +187,22 @@ def _block_logits(
             key = block * L + lane
             inside = (lane < L) & (key < kv_len)
             seen = visible(position[:, None], key[None, :], kv_len, window, CAUSAL, WINDOWED)
+            seen = seen_in_terms(
+                seen, key, inside, row_low, row_high, segment, key_segments, RANGED, SEGMENTED
+            )
+            if SLOPED:
+                if CAPPED:
+                    s = capped(s, cap)
+                away = place_of(key, positions, kv_len, SLOPED, PLACED)[None, :] - place[:, None]
+                s = s + slope[:, None] * away
             if PADDED:
                 inside = inside & (
                     tl.load(valid + key.to(tl.int64) * valid_row, mask=inside, other=0) != 0
                 )
             s = tl.where(seen & inside[None, :], s, float("-inf"))
         x = _block_maximum(s, M, LP, BLOCKS, NATIVE)
+        if CAPPED and not SLOPED:  # without slopes the cap is monotone
+            x = capped(x, cap)
         if PADDED:
             number = group * BLOCKS + own
             alive = tl.load(some + number, mask=number < blocks, other=0) != 0
@@ -188,8 +212,7 @@ def _block_logits(
         if MASKED or PADDED:
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - base) + tl.exp2(x - base)
-        place = strip + group * strip_group
-        tl.store(place + strip_offsets, x.to(strip.dtype.element_ty))
+        tl.store(strip + group * strip_group + strip_offsets, x.to(strip.dtype.element_ty))
         top = new_top
     return top, total
 
@@ -198,11 +221,13 @@ def _block_logits(
 def _channel_scores(
     q, packed, chosen, some, valid, strips, ticket, part, scale, items, kv_heads, q_len, kv_len,
     offset, window, groups, blocks, r, first_tile, tiles, tile_groups, q_batch, q_head, q_row,
-    q_column, valid_batch, valid_row, G: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    L: tl.constexpr, LP: tl.constexpr, BLOCKS: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr,
-    HEADS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, NATIVE: tl.constexpr,
-    STAGES: tl.constexpr,
+    q_column, valid_batch, valid_row, ranges, ranges_batch, query_segments, query_segments_batch,
+    key_segments, key_segments_batch, slopes, positions, positions_batch, cap, G: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, BLOCKS: tl.constexpr,
+    M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
+    PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    PADDED: tl.constexpr, RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr,
+    PLACED: tl.constexpr, CAPPED: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores of TILES tiles against all blocks, from M rows; programs draw such items by ticket.
 
@@ -236,6 +261,19 @@ def _channel_scores(
         first = tl.where(empty, 0, first)
         last = tl.where(empty, -1, last)
         low, high, low_all, high_all = key_ranges(first, last, kv_len, window, CAUSAL, WINDOWED)
+        row_low, row_high = row_range(ranges + batch * ranges_batch, query, mine, RANGED)
+        segment = row_segment(query_segments + batch * query_segments_batch, query, mine, SEGMENTED)
+        slope = row_slope(slopes, head, mine, SLOPED)
+        segments = key_segments + batch * key_segments_batch
+        places = positions + batch * positions_batch
+        place = place_of(position, places, kv_len, SLOPED, PLACED)
+        low, high, low_all, high_all = common_keys(
+            low, high, low_all, high_all, row_low, row_high, mine, RANGED
+        )
+        if SEGMENTED or SLOPED:
+            # Any key may be hidden; and ALiBi tells the lanes that repeat a key apart.
+            low_all = low * 0
+            high_all = low * 0
         start = low // (BLOCKS * L)
         stop = tl.where(empty, start, tl.maximum((high + BLOCKS * L - 1) // (BLOCKS * L), start))
         start_all = (low_all + BLOCKS * L - 1) // (BLOCKS * L)
@@ -244,21 +282,24 @@ def _channel_scores(
         keys = packed + pair * groups * (BLOCKS * LP * C)
         top = tl.full([M, BLOCKS], float("-inf"), tl.float32)
         total = tl.zeros([M, BLOCKS], tl.float32)
-        if WINDOWED:
+        if WINDOWED or RANGED:
             top, total = _block_logits(
                 top, total, q_tile, keys, strip, some + pair * blocks, valid + batch * valid_batch,
-                start, start_all, position, kv_len, blocks, window, valid_row, M, C, L, LP, BLOCKS,
-                CAUSAL, WINDOWED, PADDED, NATIVE, 1, True,
+                start, start_all, position, kv_len, blocks, window, valid_row, row_low, row_high,
+                segment, slope, place, segments, places, cap, M, C, L, LP, BLOCKS, CAUSAL,
+                WINDOWED, PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, NATIVE, 1, True,
             )  # fmt: skip
         top, total = _block_logits(
             top, total, q_tile, keys, strip, some + pair * blocks, valid + batch * valid_batch,
-            start_all, stop_all, position, kv_len, blocks, window, valid_row, M, C, L, LP, BLOCKS,
-            CAUSAL, WINDOWED, PADDED, NATIVE, STAGES, False,
+            start_all, stop_all, position, kv_len, blocks, window, valid_row, row_low, row_high,
+            segment, slope, place, segments, places, cap, M, C, L, LP, BLOCKS, CAUSAL, WINDOWED,
+            PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, NATIVE, STAGES, False,
         )  # fmt: skip
         top, total = _block_logits(
             top, total, q_tile, keys, strip, some + pair * blocks, valid + batch * valid_batch,
-            stop_all, stop, position, kv_len, blocks, window, valid_row, M, C, L, LP, BLOCKS,
-            CAUSAL, WINDOWED, PADDED, NATIVE, 1, True,
+            stop_all, stop, position, kv_len, blocks, window, valid_row, row_low, row_high,
+            segment, slope, place, segments, places, cap, M, C, L, LP, BLOCKS, CAUSAL, WINDOWED,
+            PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, NATIVE, 1, True,
         )  # fmt: skip
         peak = tl.max(top, 1)
         base = tl.where(peak == float("-inf"), 0.0, peak)
@@ -280,8 +321,8 @@ def _channel_scores(
         for chunk in range(low // L // CHUNK, (high + L * CHUNK - 1) // (L * CHUNK)):
             block = chunk * CHUNK + number
             there = (block >= start * BLOCKS) & (block < stop * BLOCKS)
-            place = strip + block[:, None].to(tl.int64) * M + row[None, :]
-            x = tl.load(place, mask=there[:, None], other=float("-inf")).to(tl.float32)
+            spot = strip + block[:, None].to(tl.int64) * M + row[None, :]
+            x = tl.load(spot, mask=there[:, None], other=float("-inf")).to(tl.float32)
             p = tl.exp2(x - log_sum[None, :])
             score = tl.sum(tl.reshape(p, [CHUNK, TILES, M // TILES]), 2)
             spot = out + slot[None, :].to(tl.int64) * blocks + block[:, None]
@@ -301,16 +342,16 @@ class PackedKeys(NamedTuple):
 
 
 def pack_keys(
-    k: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor | None, block: int
+    k: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor | None, block: int, sloped: bool
 ) -> PackedKeys:
     """[B, Hkv, groups, columns, r padded to a power of two]; see ``_packed_key`` for the order."""
     batch, kv_heads, kv_len, _ = k.shape
     lanes = triton.next_power_of_2(block)
-    columns = max(lanes, LAUNCHES[k.element_size() == 2].keys)
+    columns = max(lanes, _launch(k, sloped).keys)
     in_group, blocks = columns // lanes, triton.cdiv(kv_len, block)
     groups = triton.cdiv(blocks, in_group)
     width = max(16, triton.next_power_of_2(chosen.shape[2]))
-    packed = k.new_empty(batch, kv_heads, groups, columns, width, dtype=_strip_dtype(k))
+    packed = k.new_empty(batch, kv_heads, groups, columns, width, dtype=_narrow_dtype(k))
     some = k.new_empty(batch, kv_heads, blocks, dtype=torch.int8)
     _pack_keys[(batch * kv_heads * groups,)](
         k, chosen, mask_pointer(valid, k), packed, some, kv_heads, kv_len, groups, blocks,
@@ -320,22 +361,27 @@ def pack_keys(
     return PackedKeys(packed, some, groups, in_group)
 
 
-def parts(q: torch.Tensor, kv_heads: int, query_tile: int) -> int:
+def _launch(x: torch.Tensor, sloped: bool) -> Launch:
+    return LAUNCHES[x.element_size() == 2, sloped or x.element_size() != 2]
+
+
+def parts(q: torch.Tensor, kv_heads: int, query_tile: int, sloped: bool) -> int:
     """Programs of ``channel_scores`` that share a tile."""
-    launch = LAUNCHES[q.element_size() == 2]
+    launch = _launch(q, sloped)
     return deal_rows(launch.rows, q.shape[1] // kv_heads, query_tile).parts
 
 
 def channel_scores(
-    q: torch.Tensor, packed: PackedKeys, chosen: torch.Tensor, valid: torch.Tensor | None,
-    kv_len: int, scale: float, causal: bool, offset: int, window: int | None, query_tile: int,
-    block: int, first_tile: int, tiles: int,
+    q: torch.Tensor, packed: PackedKeys, chosen: torch.Tensor, visibility: Visibility,
+    modifiers: Modifiers, kv_len: int, scale: float, causal: bool, offset: int,
+    window: int | None, query_tile: int, block: int, first_tile: int, tiles: int,
 ) -> torch.Tensor:  # fmt: skip
     """float32 [B, Hkv, parts, tiles, Ns]: sum over the parts for the scores of ``tiles`` tiles.
 
     Blocks that a tile does not see are left unwritten.
     """
-    launch = LAUNCHES[q.element_size() == 2]
+    sloped, valid = modifiers.slopes is not None, visibility.valid
+    launch, extra = _launch(q, sloped), terms(visibility, modifiers, q)
     batch, q_heads, q_len, _ = q.shape
     kv_heads = chosen.shape[1]
     dealt = deal_rows(launch.rows, q_heads // kv_heads, query_tile)
@@ -343,7 +389,8 @@ def channel_scores(
     items = batch * kv_heads * tile_groups * dealt.parts
     programs = min(items, _processors(q.device) * launch.programs)
     strips = q.new_empty(
-        programs * packed.groups * packed.blocks_in_group * launch.rows, dtype=_strip_dtype(q)
+        programs * packed.groups * packed.blocks_in_group * launch.rows,
+        dtype=torch.float32 if sloped else _narrow_dtype(q),
     )
     ticket = torch.zeros(1, dtype=torch.int32, device=q.device)
     part = q.new_empty(batch, kv_heads, dealt.parts, tiles, blocks, dtype=torch.float32)
@@ -351,18 +398,18 @@ def channel_scores(
         q, packed.keys, chosen, packed.some, mask_pointer(valid, q), strips, ticket, part,
         scale * LOG2_E, items, kv_heads, q_len, kv_len, offset, window or 0, packed.groups, blocks,
         chosen.shape[2], first_tile, tiles, tile_groups, *q.stride(), *mask_strides(valid),
-        G=q_heads // kv_heads, R=query_tile, C=packed.keys.shape[4], L=block,
+        *extra.arguments, G=q_heads // kv_heads, R=query_tile, C=packed.keys.shape[4], L=block,
         LP=triton.next_power_of_2(block), BLOCKS=packed.blocks_in_group, M=launch.rows,
         LANES=dealt.lanes, HEADS=dealt.heads, TILES=dealt.tiles, PARTS=dealt.parts, CHUNK=64,
-        CAUSAL=causal, WINDOWED=window is not None, PADDED=valid is not None, NATIVE=_native(q),
-        STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
+        CAUSAL=causal, WINDOWED=window is not None, PADDED=valid is not None, **extra.flags,
+        NATIVE=_native(q), STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
         maxnreg=launch.registers,
     )  # fmt: skip
     return part
 
 
-def _strip_dtype(x: torch.Tensor) -> torch.dtype:
-    """What logits are kept in: float16 maxima run at twice the rate and order blocks as well."""
+def _narrow_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of keys and logits: float16 maxima run at twice the rate and order blocks as well."""
     return torch.float16 if x.element_size() == 2 else torch.float32
 
 

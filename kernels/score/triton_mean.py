@@ -8,12 +8,24 @@ a [Tq, Nc] matrix in memory. Selection spreads the mass over the selection block
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from nsa_compile.kernels.score.triton_rows import Launch, deal_rows, dealt_rows
-from nsa_compile.kernels.triton_site import LOG2_E, dense_rows, visible
+from nsa_compile.kernels.triton_site import (
+    LOG2_E,
+    Terms,
+    capped,
+    dense_rows,
+    place_of,
+    row_range,
+    row_slope,
+    seen_in_terms,
+    visible,
+)
 
 # One H100, 65,536 tokens, 32/8 heads of 128, bfloat16. Row sums, ms: 128x64 2.04, 128x128 3.09,
 # 64x128 2.56, 64x64 2.25; more than one program on a processor hides the exponentials. Column sums:
@@ -29,10 +41,25 @@ COLUMN_STEPS = 128  # tiles times heads that one program of the column sums goes
 
 
 @triton.jit
+def _modified(
+    x, slope, last, place, positions, cap, kv_len, SLOPED: tl.constexpr, PLACED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Cap and ALiBi on logits in base 2; a compressed key stands where its last key stands."""
+    if CAPPED:
+        x = capped(x, cap)
+    if SLOPED:
+        x = x + slope * (place_of(last, positions, kv_len, SLOPED, PLACED) - place)
+    return x
+
+
+@triton.jit
 def _row_steps(
-    top, total, q, y, some, start, stop, position, scale, count, window, y_row, CB: tl.constexpr,
-    CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
+    top, total, q, y, some, start, stop, position, scale, count, window, y_row, kv_len, row_low,
+    row_high, slope, place, positions, cap, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr, SLOPED: tl.constexpr,
+    PLACED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Running maximum and sum of four interleaved columns a row: a thread meets no other."""
     column = tl.arange(0, BN)
@@ -46,17 +73,25 @@ def _row_steps(
         else:
             keys = tl.load(pointers)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        last = c * CD + (CB - 1)
+        if MASKED or PADDED or SLOPED or CAPPED:
+            s = _modified(
+                s * scale, slope[:, None], last[None, :], place[:, None], positions, cap,
+                kv_len, SLOPED, PLACED, CAPPED,
+            )  # fmt: skip
         if MASKED:
             seen = (c < count)[None, :]
-            last = (c * CD + (CB - 1))[None, :]
-            seen = seen & visible(position[:, None], last, 2147483647, window, CAUSAL, WINDOWED)
+            seen = seen & visible(
+                position[:, None], last[None, :], 2147483647, window, CAUSAL, WINDOWED
+            )
+            seen = seen_in_terms(seen, last, c < count, row_low, row_high, c, some, RANGED, False)
             if PADDED:
                 seen = seen & (tl.load(some + c, mask=c < count, other=0) != 0)[None, :]
-            s = tl.where(seen, s * scale, float("-inf"))
+            s = tl.where(seen, s, float("-inf"))
         elif PADDED:
-            s = tl.where((tl.load(some + c) != 0)[None, :], s * scale, float("-inf"))
+            s = tl.where((tl.load(some + c) != 0)[None, :], s, float("-inf"))
         s = tl.reshape(s, [M, BN // 8, 4, 2])
-        if MASKED or PADDED:
+        if MASKED or PADDED or SLOPED or CAPPED:
             new_top = tl.maximum(top, tl.max(tl.max(s, 3), 1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
             p = tl.exp2(s - base[:, None, :, None])
@@ -78,9 +113,11 @@ def _complete(position, CB: tl.constexpr, CD: tl.constexpr):
 @triton.jit
 def _row_sums(
     q, y, some, log_sums, scale, q_heads, kv_heads, q_len, count, offset, window, chunks,
-    q_batch, q_head, q_row, y_batch, y_head, y_row, G: tl.constexpr, CB: tl.constexpr,
-    CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+    q_batch, q_head, q_row, y_batch, y_head, y_row, kv_len, ranges, ranges_batch, slopes,
+    positions, positions_batch, cap, G: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr, SLOPED: tl.constexpr,
+    PLACED: tl.constexpr, CAPPED: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """log2 of the row sums over compressed keys; +inf where a query sees none, so that p is 0."""
     pid = tl.program_id(0).to(tl.int64)
@@ -111,6 +148,16 @@ def _row_sums(
     if WINDOWED:
         start = tl.minimum(_complete(first - window, CB, CD), stop)
         start_all = tl.minimum(_complete(last - window, CB, CD), stop)
+    row_low, row_high = row_range(ranges + batch * ranges_batch, row, mine, RANGED)
+    slope = row_slope(slopes, head + row * 0, mine, SLOPED)
+    places = positions + batch * positions_batch
+    place = place_of(position, places, kv_len, SLOPED, PLACED)
+    if RANGED:
+        newest = tl.max(tl.where(mine, row_high, 0)) - 1
+        oldest = tl.min(tl.where(mine, row_low, 2147483647)) - 1
+        stop = tl.minimum(stop, _complete(newest, CB, CD))
+        start = tl.minimum(tl.maximum(start, _complete(tl.minimum(oldest, newest), CB, CD)), stop)
+        start_all = stop  # any of them may be hidden
     stop = (stop + BN - 1) // BN
     start = tl.minimum(start // BN, stop)
     start_all = tl.minimum((start_all + BN - 1) // BN, stop)
@@ -119,18 +166,21 @@ def _row_sums(
     some_base = some + batch * count
     top = tl.full([M, 4], float("-inf"), tl.float32)
     total = tl.zeros([M, 4], tl.float32)
-    if WINDOWED:
+    if WINDOWED or RANGED:
         top, total = _row_steps(
             top, total, q_tile, y_base, some_base, start, start_all, position, scale, count, window,
-            y_row, CB, CD, D, DP, M, BN, CAUSAL, WINDOWED, PADDED, True,
+            y_row, kv_len, row_low, row_high, slope, place, places, cap, CB, CD, D, DP, M, BN,
+            CAUSAL, WINDOWED, PADDED, RANGED, SLOPED, PLACED, CAPPED, True,
         )  # fmt: skip
     top, total = _row_steps(
         top, total, q_tile, y_base, some_base, start_all, stop_all, position, scale, count, window,
-        y_row, CB, CD, D, DP, M, BN, CAUSAL, WINDOWED, PADDED, False,
+        y_row, kv_len, row_low, row_high, slope, place, places, cap, CB, CD, D, DP, M, BN, CAUSAL,
+        WINDOWED, PADDED, RANGED, SLOPED, PLACED, CAPPED, False,
     )  # fmt: skip
     top, total = _row_steps(
         top, total, q_tile, y_base, some_base, stop_all, stop, position, scale, count, window,
-        y_row, CB, CD, D, DP, M, BN, CAUSAL, WINDOWED, PADDED, True,
+        y_row, kv_len, row_low, row_high, slope, place, places, cap, CB, CD, D, DP, M, BN, CAUSAL,
+        WINDOWED, PADDED, RANGED, SLOPED, PLACED, CAPPED, True,
     )  # fmt: skip
     peak = tl.max(top, 1)
     base = tl.where(peak == float("-inf"), 0.0, peak)
@@ -144,10 +194,12 @@ def _row_sums(
 @triton.jit
 def _column_steps(
     y, q, log_sums, mass, alive, real, c, start, stop, scale, q_len, count, offset, window, q_head,
-    q_row, first_tile, tiles, G: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BC: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr,
-    HEADS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
+    q_row, first_tile, tiles, kv_len, ranges, slopes, positions, cap, G: tl.constexpr,
+    R: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BC: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
+    TILES: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    RANGED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
+    NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Tile groups [start, stop); the next step's row sums are fetched a step ahead."""
     dim = tl.arange(0, DP)
@@ -179,10 +231,19 @@ def _column_steps(
         if NEGATIVE:
             q_tile = -q_tile
         s = tl.dot(y, tl.trans(q_tile), input_precision="ieee")
-        p = tl.exp2(s * scale - log_sum[None, :])
+        last = (c * CD + (CB - 1))[:, None]
+        slope = row_slope(slopes, head + query * 0, mine, SLOPED)
+        place = place_of(query + offset, positions, kv_len, SLOPED, PLACED)
+        x = _modified(
+            s * scale, slope[None, :], last, place[None, :], positions, cap, kv_len, SLOPED, PLACED,
+            CAPPED,
+        )  # fmt: skip
+        p = tl.exp2(x - log_sum[None, :])
         if MASKED:
-            last = (c * CD + (CB - 1))[:, None]
             seen = visible((query + offset)[None, :], last, 2147483647, window, CAUSAL, WINDOWED)
+            if RANGED:
+                row_low, row_high = row_range(ranges, query, mine, RANGED)
+                seen = seen & (last >= row_low[None, :]) & (last < row_high[None, :])
             p = tl.where(seen, p, 0.0)
         subtotal += tl.sum(tl.reshape(p, [BC, TILES, M // TILES]), 2)
         done = step % PARTS == PARTS - 1
@@ -198,11 +259,13 @@ def _column_steps(
 @triton.jit
 def _column_sums(
     q, y, some, log_sums, mass, scale, kv_heads, q_len, count, offset, window, chunks, ranges, span,
-    first_tile, tiles, tile_groups, q_batch, q_head, q_row, y_batch, y_head, y_row,
-    G: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BC: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
+    first_tile, tiles, tile_groups, q_batch, q_head, q_row, y_batch, y_head, y_row, kv_len,
+    row_ranges, row_ranges_batch, slopes, positions, positions_batch, cap, G: tl.constexpr,
+    R: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BC: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
     TILES: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+    PADDED: tl.constexpr, RANGED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr,
+    CAPPED: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """mass of BC compressed keys for a range of tiles; transposed, so rows are summed in place."""
     pid = tl.program_id(0).to(tl.int64)
@@ -219,7 +282,7 @@ def _column_sums(
         start = tl.maximum(start, tl.maximum(newest, 0) // (TILES * R))
         newest = (tl.minimum(chunk * BC + BC, count) - 1) * CD + CB - 1 - before
         full = (tl.maximum(newest, 0) + TILES * R - 1) // (TILES * R)
-    if WINDOWED:
+    if WINDOWED or RANGED:
         full = stop
     start = tl.minimum(start, stop)
     full = tl.minimum(tl.maximum(full, start), stop)
@@ -240,28 +303,35 @@ def _column_sums(
         keys = tl.load(pointers, mask=alive[:, None] & (dim < D)[None, :], other=0.0)
         q_base = q + batch * q_batch + pair % kv_heads * G * q_head
         sums = log_sums + pair * G * q_len
+        own_ranges = row_ranges + batch * row_ranges_batch
+        places = positions + batch * positions_batch
+        own_slopes = slopes + pair % kv_heads * G
         out = mass + pair * tiles * count
         _column_steps(
             keys, q_base, sums, out, alive, real, c, start, full, scale, q_len, count, offset,
-            window, q_head, q_row, first_tile, tiles, G, R, CB, CD, D, DP, BC, M, LANES, HEADS,
-            TILES, PARTS, CAUSAL, WINDOWED, NEGATIVE, True,
+            window, q_head, q_row, first_tile, tiles, kv_len, own_ranges, own_slopes, places, cap,
+            G, R, CB, CD, D, DP, BC, M, LANES, HEADS, TILES, PARTS, CAUSAL, WINDOWED, RANGED,
+            SLOPED, PLACED, CAPPED, NEGATIVE, True,
         )  # fmt: skip
         _column_steps(
             keys, q_base, sums, out, alive, real, c, full, stop, scale, q_len, count, offset,
-            window, q_head, q_row, first_tile, tiles, G, R, CB, CD, D, DP, BC, M, LANES, HEADS,
-            TILES, PARTS, CAUSAL, WINDOWED, NEGATIVE, False,
+            window, q_head, q_row, first_tile, tiles, kv_len, own_ranges, own_slopes, places, cap,
+            G, R, CB, CD, D, DP, BC, M, LANES, HEADS, TILES, PARTS, CAUSAL, WINDOWED, RANGED,
+            SLOPED, PLACED, CAPPED, NEGATIVE, False,
         )  # fmt: skip
 
 
 def row_sums(
-    q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, scale: float,
-    causal: bool, offset: int, window: int | None, compress_block: int, compress_stride: int,
+    q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, kv_len: int,
+    extra: Terms, scale: float, causal: bool, offset: int, window: int | None, compress_block: int,
+    compress_stride: int,
 ) -> torch.Tensor:  # fmt: skip
     """log2 of the softmax denominators over compressed keys, float32 [B, Hq, Tq]; +inf for none.
 
     ``some`` is int8 [B, Nc]: whether a compressed key holds a valid one.
     """
     q, compressed = dense_rows(q), dense_rows(compressed)
+    arguments, flags = _without_segments(extra)
     batch, q_heads, q_len, dim = q.shape
     kv_heads, count = compressed.shape[1:3]
     launch = LAUNCHES["row sums", q.element_size() == 2]
@@ -270,24 +340,26 @@ def row_sums(
     _row_sums[(batch * q_heads * chunks,)](
         q, compressed, compressed if some is None else some, log_sums, abs(scale) * LOG2_E, q_heads,
         kv_heads, q_len, count, offset, window or 0, chunks, *q.stride()[:3],
-        *compressed.stride()[:3], G=q_heads // kv_heads, CB=compress_block, CD=compress_stride,
-        D=dim, DP=max(16, triton.next_power_of_2(dim)), M=launch.rows, BN=launch.keys,
-        CAUSAL=causal, WINDOWED=window is not None, PADDED=some is not None, NEGATIVE=scale < 0,
-        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+        *compressed.stride()[:3], kv_len, *arguments, G=q_heads // kv_heads, CB=compress_block,
+        CD=compress_stride, D=dim, DP=max(16, triton.next_power_of_2(dim)), M=launch.rows,
+        BN=launch.keys, CAUSAL=causal, WINDOWED=window is not None, PADDED=some is not None,
+        **flags, NEGATIVE=scale < 0, num_warps=launch.warps, num_stages=launch.stages,
+        maxnreg=None if any(flags.values()) else launch.registers,
     )  # fmt: skip
     return log_sums
 
 
 def compressed_mass(
     q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, log_sums: torch.Tensor,
-    scale: float, causal: bool, offset: int, window: int | None, query_tile: int,
-    compress_block: int, compress_stride: int, first_tile: int, tiles: int,
+    kv_len: int, extra: Terms, scale: float, causal: bool, offset: int, window: int | None,
+    query_tile: int, compress_block: int, compress_stride: int, first_tile: int, tiles: int,
 ) -> torch.Tensor:  # fmt: skip
     """float32 [B, Hkv, tiles, Nc]: probability of each compressed key, summed over tile and heads.
 
     Keys that a tile does not see are left unwritten.
     """
     q, compressed = dense_rows(q), dense_rows(compressed)
+    arguments, flags = _without_segments(extra)
     batch, q_heads, q_len, dim = q.shape
     kv_heads, count = compressed.shape[1:3]
     launch = LAUNCHES["column sums", q.element_size() == 2]
@@ -299,11 +371,20 @@ def compressed_mass(
     _column_sums[(batch * kv_heads * chunks * ranges,)](
         q, compressed, compressed if some is None else some, log_sums, mass, abs(scale) * LOG2_E,
         kv_heads, q_len, count, offset, window or 0, chunks, ranges, span, first_tile, tiles,
-        tile_groups, *q.stride()[:3], *compressed.stride()[:3], G=q_heads // kv_heads, R=query_tile,
-        CB=compress_block, CD=compress_stride, D=dim, DP=max(16, triton.next_power_of_2(dim)),
-        BC=launch.keys, M=launch.rows, LANES=dealt.lanes, HEADS=dealt.heads, TILES=dealt.tiles,
-        PARTS=dealt.parts, CAUSAL=causal, WINDOWED=window is not None, PADDED=some is not None,
-        NEGATIVE=scale < 0, num_warps=launch.warps, num_stages=launch.stages,
-        maxnreg=launch.registers,
+        tile_groups, *q.stride()[:3], *compressed.stride()[:3], kv_len, *arguments,
+        G=q_heads // kv_heads, R=query_tile, CB=compress_block, CD=compress_stride, D=dim,
+        DP=max(16, triton.next_power_of_2(dim)), BC=launch.keys, M=launch.rows, LANES=dealt.lanes,
+        HEADS=dealt.heads, TILES=dealt.tiles, PARTS=dealt.parts, CAUSAL=causal,
+        WINDOWED=window is not None, PADDED=some is not None, **flags, NEGATIVE=scale < 0,
+        num_warps=launch.warps, num_stages=launch.stages,
+        maxnreg=None if any(flags.values()) else launch.registers,
     )  # fmt: skip
     return mass
+
+
+def _without_segments(extra: Terms) -> tuple[tuple[Any, ...], dict[str, bool]]:
+    """A compressed key has no segment of its own; it is not asked for one."""
+    ranges = extra.arguments[:2]
+    return (*ranges, *extra.arguments[6:]), {
+        name: there for name, there in extra.flags.items() if name != "SEGMENTED"
+    }

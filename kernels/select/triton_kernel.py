@@ -9,18 +9,18 @@ the picked blocks in ascending order: no sort.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from nsa_compile.kernels import geometry
+from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.score import triton_kernel as channels_scorer
 from nsa_compile.kernels.score import triton_mean as mean_scorer
-from nsa_compile.kernels.triton_site import key_ranges, valid_before
-from nsa_compile.kernels.visibility import Visibility
+from nsa_compile.kernels.triton_site import Terms, key_ranges, terms, valid_before
+from nsa_compile.kernels.visibility import Visibility, blocks_of_queries
 
 SCRATCH_BYTES = 256 << 20  # scores alive at a time; more tiles go in several rounds
 WIDEST = 16384  # blocks whose rank keys one program holds in registers
@@ -32,8 +32,9 @@ WARPS = ((512, 1), (2048, 2), (WIDEST, 8))
 
 @triton.jit
 def _seen_and_forced(
-    before, batch, block, first, last, kv_len, window, init_blocks, local_window, L: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
+    before, spans, batch, block, first, last, kv_len, window, init_blocks, local_window, rows,
+    L: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
+    RANGED: tl.constexpr,
 ):  # fmt: skip
     """Whether some row of the tile at positions [first, last] sees a valid key, and must-reads."""
     low, high, _, _ = key_ranges(first, last, kv_len, window, CAUSAL, WINDOWED)
@@ -42,6 +43,15 @@ def _seen_and_forced(
     seen_from = tl.maximum(start, low)
     seen_to = tl.minimum(stop, high)
     seen = seen_from < seen_to
+    if RANGED:
+        # A query sees every valid key of the blocks between its first and its last.
+        among = block < 0
+        for row in range(0, rows):
+            span = spans + row * 2
+            among = among | ((block >= tl.load(span)) & (block < tl.load(span + 1)))
+        seen = among & (start < stop)
+        seen_from = start
+        seen_to = stop
     if PADDED:
         tally = before + batch * (kv_len + 1)
         valid = tl.load(tally + seen_to, mask=seen, other=0)
@@ -81,15 +91,15 @@ def _folded_mass(
 
 @triton.jit
 def _rank_keys(
-    source, before, at, pair, batch, block, first, last, kv_len, window, blocks, count, tiles,
-    init_blocks, local_window, PARTS: tl.constexpr, MEAN: tl.constexpr, CB: tl.constexpr,
+    source, before, spans, at, pair, batch, block, first, last, kv_len, window, blocks, count,
+    tiles, init_blocks, local_window, PARTS: tl.constexpr, MEAN: tl.constexpr, CB: tl.constexpr,
     CD: tl.constexpr, L: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
     """int32 keys of the blocks ``block`` for the tile at ``at``."""
     seen, forced = _seen_and_forced(
-        before, batch, block, first, last, kv_len, window, init_blocks, local_window, L, CAUSAL,
-        WINDOWED, PADDED,
+        before, spans, batch, block, first, last, kv_len, window, init_blocks, local_window,
+        last - first + 1, L, CAUSAL, WINDOWED, PADDED, RANGED,
     )  # fmt: skip
     if MEAN:
         mass = source + (pair * tiles + at) * count
@@ -138,11 +148,11 @@ def _nth_largest(held, strip, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _pick_blocks(
-    source, before, keys, picked, kv_heads, q_len, kv_len, offset, window, blocks, count,
-    first_tile, tiles, all_tiles, init_blocks, local_window, n, PARTS: tl.constexpr,
+    source, before, spans, spans_batch, keys, picked, kv_heads, q_len, kv_len, offset, window,
+    blocks, count, first_tile, tiles, all_tiles, init_blocks, local_window, n, PARTS: tl.constexpr,
     MEAN: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, N_PAD: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     at = pid % tiles
@@ -153,11 +163,12 @@ def _pick_blocks(
     lane = tl.arange(0, CHUNK)
     held = tl.zeros([CHUNK], tl.int32)
     strip = keys + pid * CHUNKS * CHUNK
+    mine = spans + pair // kv_heads * spans_batch + tile.to(tl.int64) * R * 2
     for chunk in range(0, CHUNKS):
         held = _rank_keys(
-            source, before, at, pair, pair // kv_heads, chunk * CHUNK + lane, first, last, kv_len,
-            window, blocks, count, tiles, init_blocks, local_window, PARTS, MEAN, CB, CD, L,
-            CAUSAL, WINDOWED, PADDED,
+            source, before, mine, at, pair, pair // kv_heads, chunk * CHUNK + lane, first, last,
+            kv_len, window, blocks, count, tiles, init_blocks, local_window, PARTS, MEAN, CB, CD, L,
+            CAUSAL, WINDOWED, PADDED, RANGED,
         )  # fmt: skip
         if CHUNKS > 1:
             tl.store(strip + chunk * CHUNK + lane, held)
@@ -187,9 +198,6 @@ def select_blocks(
     local_window: int, compress_block: int, compress_stride: int,
 ) -> torch.Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n], ascending, -1 padded: the blocks each tile reads."""
-    valid = visibility.valid
-    if not replace(visibility, valid=None).unlimited or modifiers != Modifiers():
-        raise NotImplementedError("ranges, segments, ALiBi and softcap on the GPU")
     batch, kv_heads, kv_len, _ = k.shape
     q_len, pairs = q.shape[2], batch * kv_heads
     tiles, blocks = geometry.num_tiles(q_len, query_tile), geometry.num_blocks(kv_len, block)
@@ -198,16 +206,27 @@ def select_blocks(
         return picked
     if blocks == 0:
         return picked.fill_(-1)
+    valid, ranged = visibility.valid, visibility.ranges is not None
     before = None if valid is None else valid_before(valid)
+    spans = picked
+    if ranged:
+        tiling = Tiling(q_len, kv_len, causal, offset, window, query_tile, block)
+        rows = torch.arange(q_len, device=q.device)
+        spans = blocks_of_queries(tiling, visibility, rows)
     mean = scorer == "mean"
     site = (scale, causal, offset, window)
     if mean:
         compression = (compress_block, compress_stride)
         geometry.overlap_weights(*compression, block)
-        score, parts = _mean_scores(q, summary, before, site, query_tile, *compression)
+        extra = terms(visibility, modifiers, q)
+        score, parts = _mean_scores(
+            q, summary, before, kv_len, extra, site, query_tile, *compression
+        )
         width = summary.shape[2]
     else:
-        score, parts = _channel_scores(q, k, summary, valid, site, query_tile, block)
+        score, parts = _channel_scores(
+            q, k, summary, visibility, modifiers, site, query_tile, block
+        )
         width = blocks
     chunk = min(WIDEST, triton.next_power_of_2(max(blocks, 32)))
     chunks = triton.cdiv(blocks, chunk)
@@ -218,12 +237,14 @@ def select_blocks(
         if chunks > 1:
             keys = picked.new_empty(pairs * here * chunks * chunk)
         _pick_blocks[(pairs * here,)](
-            score(first_tile, here), picked if before is None else before, keys, picked, kv_heads,
-            q_len, kv_len, offset, window or 0, blocks, width, first_tile, here, tiles, init_blocks,
+            score(first_tile, here), picked if before is None else before, spans,
+            spans.stride(0) if ranged and len(spans) > 1 else 0, keys, picked, kv_heads, q_len,
+            kv_len, offset, window or 0, blocks, width, first_tile, here, tiles, init_blocks,
             local_window, num_selected, PARTS=parts, MEAN=mean, CB=compress_block,
             CD=compress_stride, R=query_tile, L=block, CHUNK=chunk, CHUNKS=chunks,
             N_PAD=triton.next_power_of_2(num_selected), CAUSAL=causal, WINDOWED=window is not None,
-            PADDED=valid is not None, num_warps=next(w for most, w in WARPS if chunk <= most),
+            PADDED=valid is not None, RANGED=ranged,
+            num_warps=next(w for most, w in WARPS if chunk <= most),
         )  # fmt: skip
     return picked
 
@@ -232,23 +253,25 @@ Site = tuple[float, bool, int, "int | None"]
 
 
 def _channel_scores(
-    q: torch.Tensor, k: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor | None, site: Site,
-    query_tile: int, block: int,
+    q: torch.Tensor, k: torch.Tensor, chosen: torch.Tensor, visibility: Visibility,
+    modifiers: Modifiers, site: Site, query_tile: int, block: int,
 ) -> tuple[Callable[[int, int], torch.Tensor], int]:  # fmt: skip
     """Scores of the tiles from a first one on, in how many parts."""
-    packed = channels_scorer.pack_keys(k, chosen, valid, block)
+    sloped = modifiers.slopes is not None
+    packed = channels_scorer.pack_keys(k, chosen, visibility.valid, block, sloped)
 
     def score(first_tile: int, tiles: int) -> torch.Tensor:
         return channels_scorer.channel_scores(
-            q, packed, chosen, valid, k.shape[2], *site, query_tile, block, first_tile, tiles
-        )
+            q, packed, chosen, visibility, modifiers, k.shape[2], *site, query_tile, block,
+            first_tile, tiles,
+        )  # fmt: skip
 
-    return score, channels_scorer.parts(q, k.shape[1], query_tile)
+    return score, channels_scorer.parts(q, k.shape[1], query_tile, sloped)
 
 
 def _mean_scores(
-    q: torch.Tensor, compressed: torch.Tensor, before: torch.Tensor | None, site: Site,
-    query_tile: int, compress_block: int, compress_stride: int,
+    q: torch.Tensor, compressed: torch.Tensor, before: torch.Tensor | None, kv_len: int,
+    extra: Terms, site: Site, query_tile: int, compress_block: int, compress_stride: int,
 ) -> tuple[Callable[[int, int], torch.Tensor], int]:  # fmt: skip
     """The mass of the tiles from a first one on; it comes whole."""
     compression = (compress_block, compress_stride)
@@ -258,11 +281,12 @@ def _mean_scores(
     if before is not None:
         edges = before.unfold(1, compress_block + 1, compress_stride)
         some = (edges[..., -1] > edges[..., 0]).to(torch.int8).contiguous()
-    sums = mean_scorer.row_sums(q, compressed, some, *site, *compression)
+    sums = mean_scorer.row_sums(q, compressed, some, kv_len, extra, *site, *compression)
 
     def score(first_tile: int, tiles: int) -> torch.Tensor:
         return mean_scorer.compressed_mass(
-            q, compressed, some, sums, *site, query_tile, *compression, first_tile, tiles
-        )
+            q, compressed, some, sums, kv_len, extra, *site, query_tile, *compression, first_tile,
+            tiles,
+        )  # fmt: skip
 
     return score, 1

@@ -65,6 +65,28 @@ MASKS = {
     batch=1),
 }  # fmt: skip
 CASES = {**GROUPS, **DIMS, **TILES, **MASKS}
+TERMS = {
+    "chunks": _MASKED._replace(ranges="chunks"),
+    "prefix, padding": _MASKED._replace(ranges="prefix", causal=False, padded=True),
+    "random ranges, window, padding": _MASKED._replace(ranges="random", window=130, padded=True),
+    "random ranges, token granular": _MASKED._replace(ranges="random", query_tile=1),
+    "documents": _MASKED._replace(segments="documents"),
+    "mixed segments, padding": _MASKED._replace(segments="mixed", causal=False, padded=True),
+    "alibi": _MASKED._replace(slopes=True),
+    "alibi, positions, padding": _MASKED._replace(slopes=True, positions=True, padded=True),
+    "alibi, block 24": MASKS["111 keys, block 24"]._replace(slopes=True),
+    "alibi, 2000 keys": MASKS["2000 keys"]._replace(slopes=True),
+    "alibi, group 7, dim 80": GROUPS["group 7"]._replace(slopes=True, dim=80),
+    "cap": _MASKED._replace(softcap=1.5),
+    "cap, negative scale": _MASKED._replace(softcap=1.5, scale=-0.15),
+    "cap, alibi": _MASKED._replace(softcap=1.5, slopes=True),
+    "everything": _MASKED._replace(
+        ranges="chunks", segments="mixed", slopes=True, positions=True, softcap=1.5, padded=True,
+    ),
+    "everything, tile 16": _MASKED._replace(
+        ranges="random", segments="documents", slopes=True, softcap=1.5, query_tile=16, window=130,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -78,6 +100,13 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_selection(name: str, scorer: str, dtype: torch.dtype) -> None:
     triton_cases.select(CASES[name], dtype, scorer, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("scorer", ["channels", "mean"])
+@pytest.mark.parametrize("name", TERMS)
+def test_selection_with_terms(name: str, scorer: str, dtype: torch.dtype) -> None:
+    triton_cases.select(TERMS[name], dtype, scorer, "cuda")
 
 
 @pytest.mark.parametrize("name", ["group 3", "dims 80 and 48", "token granular, padding"])
@@ -139,6 +168,41 @@ def test_runs_inside_a_cuda_graph(scorer: str) -> None:
     with torch.cuda.graph(graph):
         captured = path()
     for x, fresh in zip((q, k, v), inputs(case, torch.bfloat16, seed=9), strict=False):
+        x.copy_(fresh)
+    graph.replay()
+    for got, expected in zip(captured, path(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("scorer", ["channels", "mean"])
+def test_selection_with_terms_runs_inside_a_cuda_graph(scorer: str) -> None:
+    import nsa_compile.kernels.library  # noqa: F401
+
+    case = TERMS["everything"]
+    q, k, _, valid = (x.cuda() for x in inputs(case, torch.bfloat16))
+    terms = [x if x is None else x.cuda() for x in case.terms(valid)]
+    ops = torch.ops.nsa
+
+    def path() -> tuple[torch.Tensor, ...]:
+        summary = ops.channels(q, k, valid, case.channels, 0)
+        if scorer == "mean":
+            summary = ops.compress(k, valid, case.compress_block, case.compress_stride)
+        sizes = (case.query_tile, case.block)
+        candidates = ops.select_blocks(
+            q, k, summary, *terms, scorer, *case.logits, *sizes, case.count, 1, case.local_window,
+            case.compress_block, case.compress_stride, 0,
+        )  # fmt: skip
+        kept = ops.refine_blocks(
+            q, k, candidates, *terms, *case.logits, *sizes, case.count - 2, 1, case.local_window, 0
+        )
+        return candidates, kept
+
+    path()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = path()
+    for x, fresh in zip((q, k), inputs(case, torch.bfloat16, seed=9), strict=False):
         x.copy_(fresh)
     graph.replay()
     for got, expected in zip(captured, path(), strict=True):

@@ -25,6 +25,14 @@ pytestmark = [
     {"window": 90, "q_len": 300},
     {"causal": False, "q_len": 300, "block": 8, "local_window": 8},
     {"query_tile": 1, "q_len": 130, "group": 4},
+    {"ranges": "chunks", "q_len": 300},
+    {"ranges": "random", "q_len": 300, "causal": False, "padding": "left"},
+    {"segments": "documents", "q_len": 300, "group": 7},
+    {"slopes": True, "positions": True, "q_len": 300, "dim": 80},
+    {"slopes": True, "q_len": 300, "block": 8, "local_window": 8},
+    {"softcap": 1.5, "q_len": 300},
+    {"softcap": 1.5, "slopes": True, "ranges": "random", "segments": "mixed", "window": 90,
+     "q_len": 507, "dim": 128, "block": 64, "query_tile": 64},
 ])  # fmt: skip
 def test_chooses_the_best(changes: dict[str, object], dtype: torch.dtype) -> None:
     chooses_the_best(Site().but(**changes), dtype, "cuda")

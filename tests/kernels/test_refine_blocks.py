@@ -57,6 +57,22 @@ def test_triton_chooses_the_best(name: str, dtype: torch.dtype, interpreted) -> 
     interpreted(refine_cases.chooses_the_best, cases[name], dtype)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ranges": "chunks", "window": 50},
+        {"ranges": "random", "causal": False, "padding": "left"},
+        {"segments": "documents", "group": 3, "kv_heads": 1},
+        {"slopes": True, "positions": True, "block": 8, "local_window": 8},
+        {"softcap": 1.5},
+        {"softcap": 1.5, "slopes": True, "ranges": "chunks", "segments": "mixed"},
+    ],
+)
+def test_triton_knows_ranges_segments_alibi_and_caps(changes: dict, interpreted) -> None:
+    site = Site(q_len=80, kv_heads=1).but(**changes)
+    interpreted(refine_cases.chooses_the_best, site, torch.float32)
+
+
 def test_an_exact_second_look_finds_what_few_channels_hide() -> None:
     """One key far back matches only on a channel that the scorer does not read."""
     site = Site(batch=1, kv_heads=1, group=1, q_len=512, dim=32, num_selected=5, channels=4)

@@ -31,6 +31,44 @@ CASES = {
     "negative scale": Case(scale=-0.4),
     "too short to compress": Case(q_len=7, kv_len=7, block=8, compress_block=8),
 }
+TERMS = {
+    "chunks": Case(q_len=70, kv_len=70, count=4, ranges="chunks"),
+    "prefix, padding": Case(
+        heads=2, q_len=60, kv_len=64, causal=False, padded=True, batch=2, count=4, ranges="prefix"
+    ),
+    "random ranges, window": Case(
+        q_len=50, kv_len=60, offset=10, window=40, count=4, ranges="random", batch=2, padded=True
+    ),
+    "random ranges, token granular": Case(
+        q_len=20, kv_len=20, query_tile=1, block=8, count=3, local_window=5, ranges="random"
+    ),
+    "documents": Case(heads=3, q_len=50, kv_len=60, offset=10, count=4, segments="documents"),
+    "mixed segments": Case(
+        heads=2, kv_heads=2, q_len=40, kv_len=64, causal=False, batch=2, segments="mixed"
+    ),
+    "alibi": Case(heads=4, kv_heads=2, q_len=64, kv_len=64, slopes=True, block=8, count=5),
+    "alibi, positions, padding, block of 24": Case(
+        q_len=60, kv_len=60, batch=2, padded=True, slopes=True, positions=True, block=24,
+        compress_block=12,
+    ),
+    "cap": Case(q_len=70, kv_len=70, count=4, softcap=1.5, scale=-0.4),
+    "everything": Case(
+        heads=2, kv_heads=2, q_len=40, kv_len=50, offset=10, batch=2, padded=True, count=4,
+        ranges="chunks", segments="mixed", slopes=True, positions=True, softcap=1.5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scorer", ["channels", "mean"])
+@pytest.mark.parametrize("name", TERMS)
+def test_ranges_segments_alibi_and_caps(name: str, scorer: str, interpreted) -> None:
+    interpreted(triton_cases.select, TERMS[name], torch.float32, scorer)
+
+
+@pytest.mark.parametrize("name", ["alibi", "everything"])
+def test_terms_in_half_precision(name: str, interpreted) -> None:
+    for scorer in ("channels", "mean"):
+        interpreted(triton_cases.select, TERMS[name], torch.float16, scorer)
 
 
 @pytest.mark.parametrize("scorer", ["channels", "mean"])
