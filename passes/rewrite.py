@@ -11,7 +11,7 @@ from torch import fx
 from nsa_compile.passes import dialect
 from nsa_compile.passes.emit import Caller
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
-from nsa_compile.passes.visibility import Visibility
+from nsa_compile.passes.visibility import Visibility, row
 
 # Two rows past the compressed blocks keep their number from ever being 0 or 1, sizes that torch
 # compiles separately for: one dynamic compilation serves short sequences too.
@@ -138,10 +138,14 @@ def _alibi(site: AttentionSite, call: Caller) -> tuple[fx.Node | None, fx.Node |
         return None, None
     if isinstance(slopes, fx.Node):
         slopes = call.cast(call("reshape", slopes, -1), torch.float32)
+        if site.modifiers.slope_factor != 1.0:
+            slopes = call(torch.mul, slopes, site.modifiers.slope_factor)
     else:
         device = dialect.value(site.query).device
         slopes = call(torch.tensor, list(slopes), dtype=torch.float32, device=device)
-    return slopes, None if positions is None else call.cast(positions, torch.float32)
+    if positions is None:
+        return slopes, None
+    return slopes, call.cast(row(positions, call), torch.float32)
 
 
 def _result(site: AttentionSite, attention: fx.Node, call: Caller) -> fx.Node:

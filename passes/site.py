@@ -78,20 +78,23 @@ Steps = tuple[tuple[str | Callable[..., Any], tuple[Any, ...]], ...]
 class Modifiers:
     """What a site does to its logits besides scale and mask.
 
-    ``logit = softcap * tanh(scale * q . k / softcap) + slopes[h] * (positions[j] - positions[p])``,
-    and a sink adds ``exp(sinks[h])`` to the denominator of its head's softmax.
+    ``logit = softcap * tanh(scale * q . k / softcap) + slope * (positions[j] - positions[p])`` with
+    ``slope = slope_factor * slopes[h]``, and a sink adds ``exp(sinks[h])`` to the denominator of
+    its head's softmax.
 
     Attributes:
         softcap: 0.0 is none.
         sinks: node ``[Hq]`` of one more logit a head, or None.
         slopes: ALiBi slopes of the heads, node ``[Hq]`` or numbers, or None.
         positions: node ``[B, Tk]`` (or ``[1, Tk]``) of key positions; None is the key's index.
+        slope_factor: what the slopes are multiplied by.
     """
 
     softcap: float = 0.0
     sinks: fx.Node | None = None
     slopes: fx.Node | tuple[float, ...] | None = None
     positions: fx.Node | None = None
+    slope_factor: float = 1.0
 
     def describe(self) -> str:
         """``"softcap(50.0) & sinks"``, ``"alibi"``; empty when there are none."""

@@ -65,10 +65,10 @@ def _valid_keys(mask: Mask, q: fx.Node, call: Caller) -> fx.Node:
     """The real keys of ``mask`` as bool [B, Tk]."""
     rows = []
     if mask.valid is not None:
-        keys = _row(mask.valid, call)
+        keys = row(mask.valid, call)
         rows.append(keys if dialect.value(keys).dtype == torch.bool else call(torch.ne, keys, 0))
     if mask.hidden is not None:
-        rows.append(call(torch.eq, _row(mask.hidden, call), 0))
+        rows.append(call(torch.eq, row(mask.hidden, call), 0))
     keys = rows[0] if len(rows) == 1 else call(torch.logical_and, *rows)
     batch = dialect.value(keys).shape[0]
     if isinstance(batch, int) and batch == 1:
@@ -76,7 +76,7 @@ def _valid_keys(mask: Mask, q: fx.Node, call: Caller) -> fx.Node:
     return keys
 
 
-def _row(x: fx.Node, call: Caller) -> fx.Node:
+def row(x: fx.Node, call: Caller) -> fx.Node:
     """``x`` as [B, T]: a mask may hold it with more dimensions of size 1, or without B."""
     dims = dialect.value(x).dim()
     if dims == 1:
@@ -89,7 +89,7 @@ def _segments(ids: tuple[fx.Node, fx.Node], call: Caller) -> tuple[fx.Node, fx.N
 
     Keys become their rank among the keys' ids; a query with an id that no key has becomes -1.
     """
-    queries, keys = (_row(x, call) for x in ids)
+    queries, keys = (row(x, call) for x in ids)
     queries = keys if ids[0] is ids[1] else queries
     if all(dialect.value(x).dtype in _NARROW for x in ids):
         return call.cast(queries, torch.int32), call.cast(keys, torch.int32)
@@ -126,7 +126,7 @@ def _ranges(mask: Mask, q: fx.Node, k: fx.Node, call: Caller) -> fx.Node | None:
         low.append(call(torch.mul, chunk, mask.chunk))
         high.append(call(torch.add, low[-1], mask.chunk))
     if mask.segments is not None and mask.segments_sorted:
-        queries, keys = (call("contiguous", _row(ids, call)) for ids in mask.segments)
+        queries, keys = (call("contiguous", row(ids, call)) for ids in mask.segments)
         for end, right in ((low, False), (high, True)):
             end.append(call(torch.searchsorted, keys, queries, out_int32=True, right=right))
     if mask.prefix is not None:

@@ -9,7 +9,15 @@ import torch
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine
 from nsa_compile.passes.masks.conditions import CONDITIONS, Condition
-from nsa_compile.passes.masks.values import Stuck, Unknown, Value, as_number, map_leaves, truth
+from nsa_compile.passes.masks.values import (
+    Stuck,
+    Unknown,
+    Value,
+    Weighted,
+    as_number,
+    map_leaves,
+    truth,
+)
 
 
 def cast(value: Value, dtype: torch.dtype) -> Value:
@@ -45,7 +53,7 @@ def numbers(value: Value) -> Value:
 
 
 def _number(value: Value) -> Value:
-    if isinstance(value, Unknown):
+    if isinstance(value, (Unknown, Weighted)):
         raise Stuck(f"arithmetic on {dialect.describe(value.load.node)}")
     return as_number(value)
 

@@ -128,7 +128,7 @@ class Patterns:
     """Patterns of a graph's constants: given tensors, and what can be evaluated from them."""
 
     def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, torch.Tensor]) -> None:
-        self._values = values
+        self.values = values
         self._given: dict[fx.Node, Pattern | None] = {}
         self._evaluated: dict[fx.Node, Pattern | None] = {}
         self._closed: dict[fx.Node, bool] = {}
@@ -136,7 +136,7 @@ class Patterns:
 
     def given(self, node: fx.Node) -> Pattern | None:
         """The pattern of a placeholder or attribute whose tensor the caller gave."""
-        tensor = self._values.get(node)
+        tensor = self.values.get(node)
         if tensor is None or isinstance(tensor, torch.nn.Parameter):
             return None
         if node not in self._given:
@@ -162,13 +162,13 @@ class Patterns:
         try:
             with _disable_current_modes(), torch.no_grad(), _Deterministic():
                 for each in needed:
-                    computed[each] = _run_node(each, computed, self._values)
+                    computed[each] = _run_node(each, computed, self.values)
                 result = computed[node]
                 found = recognise(result) if isinstance(result, torch.Tensor) else None
         except Exception:  # whatever a model's operator raises: then it is not proven
             return None
         if found is not None:
-            self.read.update(n for n in needed if n in self._values)
+            self.read.update(n for n in needed if n in self.values)
         return found
 
     def _ancestors(self, node: fx.Node) -> list[fx.Node] | None:
@@ -192,7 +192,7 @@ class Patterns:
 
     def _check(self, node: fx.Node) -> bool:
         if node.op in ("placeholder", "get_attr"):
-            tensor = self._values.get(node)
+            tensor = self.values.get(node)
             return not (tensor is None or tensor.is_meta or isinstance(tensor, torch.nn.Parameter))
         if node.op not in ("call_function", "call_method") or dialect.written(node):
             return False

@@ -9,13 +9,14 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
-from nsa_compile.passes.masks.affine import Affine, floor_div, modulo
+from nsa_compile.passes.masks.affine import Affine, affine, floor_div, modulo
 from nsa_compile.passes.masks.cast import cast, condition, numbers
 from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition, eq, ge, ne
 from nsa_compile.passes.masks.lift import Lifter, Rule
 from nsa_compile.passes.masks.logic import all_of, any_of, negation
-from nsa_compile.passes.masks.values import Stuck, Value, choose, map_leaves, pairs
+from nsa_compile.passes.masks.values import Stuck, Value, as_number, choose, map_leaves, pairs
 from nsa_compile.passes.masks.views import Index
+from nsa_compile.passes.masks.weighted import UNKNOWN, minus, no_weights, over, plus, times
 
 
 def _compare(of: Callable[[Affine], Condition], decide: Callable[[float], bool]) -> Rule:
@@ -55,22 +56,30 @@ def _pairwise(
 
 
 def _arithmetic(
-    exact: Callable[[Affine, Affine], Affine | None], constant: Callable[[float, float], float]
+    exact: Callable[[Affine, Affine], Affine | None],
+    constant: Callable[[float, float], float],
+    weighted: Callable[[Value, Value], Value] = no_weights,
 ) -> Rule:
-    """``exact`` on affine operands (None: it does not stay affine), else ``constant``."""
+    """``exact`` on affine operands (None: it does not stay affine), else ``constant``.
+
+    ``weighted`` where an operand reads a floating-point element that the proof does not look into.
+    """
 
     def leaf(x: Value, y: Value) -> Value:
         if isinstance(x, Affine) and isinstance(y, Affine):
             found = exact(x, y)
             if found is not None:
                 return found
+        if isinstance(x, UNKNOWN) or isinstance(y, UNKNOWN):
+            return weighted(x, y)
         result = constant(_constant(x), _constant(y))
         return Affine(int(result)) if result.is_integer() else result
 
     def rule(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
         if op["alpha"] not in (None, 1):
             raise Stuck(f"{op.name} with alpha")
-        return _pairwise(lifter, node, op, index, leaf)
+        x, y = (map_leaves(lifter.operand(node, op[n], index), as_number) for n in "xy")
+        return pairs(x, y, leaf)
 
     return rule
 
@@ -120,11 +129,13 @@ def _no_floats(x: float, y: float) -> float:
 
 
 def _neg(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
-    return _negative(numbers(lifter.operand(node, op["x"], index)))
+    return _negative(map_leaves(lifter.operand(node, op["x"], index), as_number))
 
 
 def _negative(value: Value) -> Value:
-    return map_leaves(value, lambda v: -v if isinstance(v, (Affine, float)) else v)
+    return map_leaves(
+        value, lambda v: -v if isinstance(v, (Affine, float)) else times(v, affine(-1))
+    )
 
 
 def _abs(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
@@ -202,7 +213,7 @@ def _masked_fill(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
     return choose(test, then, lifter.operand(node, op["x"], index))
 
 
-_EXACT_DIVISION = _arithmetic(_over, _divide)
+_EXACT_DIVISION = _arithmetic(_over, _divide, over)
 _FLOOR_DIVISION = _arithmetic(_floor, _no_floats)
 
 RULES: dict[str, Rule] = {
@@ -220,10 +231,10 @@ RULES: dict[str, Rule] = {
     "logical_and": _logic(all_of, logical=True),
     "logical_or": _logic(any_of, logical=True),
     "logical_xor": _logic(_differ, logical=True),
-    "add": _arithmetic(lambda x, y: x + y, lambda x, y: x + y),
-    "sub": _arithmetic(lambda x, y: x - y, lambda x, y: x - y),
-    "rsub": _arithmetic(lambda x, y: y - x, lambda x, y: y - x),
-    "mul": _arithmetic(_times, lambda x, y: x * y),
+    "add": _arithmetic(lambda x, y: x + y, lambda x, y: x + y, plus),
+    "sub": _arithmetic(lambda x, y: x - y, lambda x, y: x - y, minus),
+    "rsub": _arithmetic(lambda x, y: y - x, lambda x, y: y - x, lambda x, y: minus(y, x)),
+    "mul": _arithmetic(_times, lambda x, y: x * y, times),
     "div": _div,
     "floordiv": _FLOOR_DIVISION,
     "mod": _arithmetic(_mod, _no_floats),

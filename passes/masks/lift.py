@@ -8,6 +8,7 @@ positions b, h, i, j, and answers by asking the inputs. An element nobody unders
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from nsa_compile.passes.masks.values import (
     Stuck,
     Unknown,
     Value,
+    Weighted,
     as_number,
     leaves,
+    map_leaves,
     size,
 )
 from nsa_compile.passes.masks.views import Index
@@ -122,6 +125,7 @@ class Lifter:
                 found = cast(found, torch.bool)
             if not _fits(found, node) or size(found) > _LARGEST:
                 raise Stuck("values that its dtype may not hold exactly")
+            found = self._of_head(_rounded(found, node), node, index)
         except Stuck as stuck:
             return self._by_value(node, index, str(stuck))
         except Exception as error:
@@ -129,7 +133,23 @@ class Lifter:
             return self._by_value(node, index, f"{type(error).__name__}: {error}")
         return found
 
+    def _of_head(self, found: Value, node: fx.Node, index: Index) -> Value:
+        """One fraction a head (an ALiBi slope) is an element of ``node``, whatever computes it."""
+        if not _is_of_head(node, index) or isinstance(found, (Affine, float)):
+            return found
+        if isinstance(found, Unknown) and self._holds_heads(found.load):
+            return found
+        return self._opaque(node, index, "")
+
+    def _holds_heads(self, load: Load) -> bool:
+        """Whether the tensor of ``load`` holds one number a head and no more."""
+        sizes = self.sizes.shape(load.node) or []
+        wide = [(at, s) for at, s in zip(load.index, sizes, strict=True) if s.constant != 1]
+        return len(wide) == 1 and wide[0] in ((affine(v), v.size) for v in wide[0][0].variables())
+
     def _by_value(self, node: fx.Node, index: Index, why: str) -> Value:
+        if _is_of_head(node, index):
+            return self._opaque(node, index, "")
         pattern = self.patterns.evaluated(node)
         return self._opaque(node, index, why) if pattern is None else pattern.element(index)
 
@@ -138,7 +158,8 @@ class Lifter:
             pattern = self.patterns.given(node)
             if pattern is not None:
                 return pattern.element(index)
-            return self._opaque(node, index, "")
+            known = node in self.patterns.values
+            return self._opaque(node, index, "its values follow no known rule" if known else "")
         op = dialect.view(node)
         if op is None or dialect.shape(node) is None:
             raise Stuck("an operator that mask proofs do not know")
@@ -159,6 +180,20 @@ class Lifter:
         low, high = _limits(fake.dtype)
         load = affine(Load(node, index, low, high, why))
         return ne(load) if fake.dtype == torch.bool else load
+
+
+def _is_of_head(node: fx.Node, index: Index) -> bool:
+    """Whether a fraction is read at an index that depends on the head alone."""
+    used = {v.name for at in index for v in at.variables()}
+    return used == {"h"} and dialect.value(node).dtype.is_floating_point
+
+
+def _rounded(value: Value, node: fx.Node) -> Value:
+    """``value`` with the dtype of ``node`` noted where that rounds what is weighted."""
+    dtype = dialect.value(node).dtype
+    if not dtype.is_floating_point or dtype.itemsize >= 4:
+        return value
+    return map_leaves(value, lambda v: replace(v, dtype=dtype) if isinstance(v, Weighted) else v)
 
 
 def _limits(dtype: torch.dtype) -> tuple[int | None, int | None]:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from torch import fx
 
 from nsa_compile.passes import dialect
-from nsa_compile.passes.masks import documents
+from nsa_compile.passes.masks import blame, documents
 from nsa_compile.passes.masks.affine import Affine, Var
 from nsa_compile.passes.masks.chunks import Chunk, chunk
 from nsa_compile.passes.masks.conditions import (
@@ -255,10 +255,9 @@ def _unclassified(terms: list[Condition], mask: fx.Node | None) -> Refusal:
         return _refusal(mask, f"the condition {_shown(terms[0])}")
     load = min(stopped, key=lambda each: each.node)
     at = ", ".join(repr(e) for e in load.index)
-    known_later = (
-        f"its value at [{at}] is only known at run time, and it is no key padding or document id"
+    return blame.refusal(
+        load, f"its value at [{at}] is only known at run time, and it is no padding or id"
     )
-    return _refusal(load.node, load.why or known_later)
 
 
 def _shown(condition: Condition) -> str:

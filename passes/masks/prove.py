@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
-from nsa_compile.passes.masks import views
+from nsa_compile.passes.masks import blame, views
 from nsa_compile.passes.masks.affine import Affine, Load, Var, affine
+from nsa_compile.passes.masks.alibi import Alibi, Case, resolve, split
 from nsa_compile.passes.masks.conditions import CONDITIONS, FALSE, TRUE, Condition, ge, ne
 from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.logic import all_of, negation
@@ -25,6 +26,7 @@ from nsa_compile.passes.masks.values import (
     Stuck,
     Unknown,
     Value,
+    Weighted,
     as_number,
     choose,
     leaves,
@@ -51,13 +53,21 @@ class Geometry:
     kv_len: Size
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What was proven of everything that a site adds to its logits."""
+
+    mask: Mask | Refusal
+    alibi: Alibi | None = None
+
+
 class Prover:
     """Proves the masks of one graph. A mask that serves many layers is lifted once."""
 
     def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, torch.Tensor]) -> None:
         self._gm = gm
         self._values = values
-        self._known: dict[tuple[Geometry, Terms, bool, fx.Node | None], Mask | Refusal] = {}
+        self._known: dict[Any, Proof] = {}
         self._lifter: Lifter | None = None
         self._integers: dict[Affine, fx.Node] | None = None
 
@@ -73,34 +83,59 @@ class Prover:
     ) -> Mask | Refusal:
         """The normal form of ``mask`` and ``is_causal`` together, or why there is none.
 
+        An additive bias is none of a mask's: see :meth:`proof`.
+        """
+        proof = self.proof(geometry, mask, is_causal, reader)
+        if proof.alibi is not None:
+            slopes = dialect.describe(proof.alibi.slopes)
+            return Refusal(Reason.ADDITIVE_BIAS, f"node {slopes}: ALiBi")
+        return proof.mask
+
+    def proof(
+        self,
+        geometry: Geometry,
+        mask: fx.Node | Terms | None,
+        is_causal: bool,
+        reader: fx.Node,
+        dtype: torch.dtype = torch.float32,
+    ) -> Proof:
+        """The mask and the ALiBi bias that ``mask`` and ``is_causal`` are together.
+
         ``mask`` is the operand of SDPA, or everything that was done to the logits. ``is_causal`` is
         aligned to the top left, offset 0 even when Tq != Tk, as in SDPA. ``reader`` is the node
         that attends; the reader of a term decides which in-place writes to its tensor count.
+        ``dtype`` is that of the scores.
         """
         terms = mask if isinstance(mask, tuple) else of_mask(mask, reader)
         if terms and not self.lifter.mutations.any:
             # Who reads does not matter: layers that share a mask share its proof.
             terms = tuple(replace(term, reader=term.node) for term in terms)
-        key = (geometry, terms, is_causal, reader if terms and self.lifter.mutations.any else None)
+        late = reader if terms and self.lifter.mutations.any else None
+        key = (geometry, terms, is_causal, late, dtype)
         if key not in self._known:
-            self._known[key] = self._prove(geometry, terms, is_causal, reader)
+            self._known[key] = self._prove(geometry, terms, is_causal, reader, dtype)
         return self._known[key]
 
     def _prove(
-        self, geometry: Geometry, terms: Terms, is_causal: bool, reader: fx.Node
-    ) -> Mask | Refusal:
+        self,
+        geometry: Geometry,
+        terms: Terms,
+        is_causal: bool,
+        reader: fx.Node,
+        dtype: torch.dtype,
+    ) -> Proof:
         index = self.positions(geometry)
         kept = [_Kept(ge(index[2] - index[3]) if is_causal else TRUE)]
         for term in terms:
             lifted = self._term(geometry, term, index)
             if isinstance(lifted, Refusal):
-                return lifted
+                return Proof(lifted)
             kept.append(lifted)
         keep = all_of([each.condition for each in kept])
         mask = terms[0].node if terms else None
         ones = all_of([each.ones for each in kept])
         if all_of([keep, ones]) != keep:
-            return _refusal(mask, "it multiplies scores by 0 where no term hides them")
+            return Proof(_refusal(mask, "it multiplies scores by 0 where no term hides them"))
         found = classify(
             keep,
             mask,
@@ -108,21 +143,48 @@ class Prover:
             lifter=self.lifter,
             find_integer=lambda at: self._holder(at, reader),
         )
-        if isinstance(found, Mask) and mask is not None:
-            penalty = next((each.penalty for each in kept if each.penalty is not None), None)
-            return self._unusable(found, penalty, geometry, mask, reader) or found
+        if isinstance(found, Refusal) or mask is None:
+            return Proof(found)
+        penalty = next((each.penalty for each in kept if each.penalty is not None), None)
+        bias = self._bias(kept[1:], terms, keep, geometry, dtype)
+        if isinstance(bias, Refusal):
+            return Proof(bias)
+        return Proof(self._unusable(found, bias, penalty, geometry, mask, reader) or found, bias)
+
+    def _bias(
+        self,
+        kept: Sequence[_Kept],
+        terms: Terms,
+        keep: Condition,
+        geometry: Geometry,
+        dtype: torch.dtype,
+    ) -> Alibi | Refusal | None:
+        """The one bias that the terms add."""
+        heads = self.lifter.sizes.affine(geometry.q_heads)
+        found: Alibi | None = None
+        for each, term in zip(kept, terms, strict=True):
+            if not each.biases:
+                continue
+            bias = resolve(each.biases, keep, term.factor, heads, dtype, self.lifter)
+            if isinstance(bias, Refusal):
+                return bias
+            if found is not None and bias is not None:
+                where = dialect.describe(term.node)
+                return Refusal(Reason.ADDITIVE_BIAS, f"node {where}: a second bias")
+            found = bias or found
         return found
 
     def _unusable(
         self,
         found: Mask,
+        bias: Alibi | None,
         penalty: float | None,
         geometry: Geometry,
         mask: fx.Node,
         reader: fx.Node,
     ) -> Refusal | None:
         """Why a proven mask cannot stand for ``mask`` at ``reader`` all the same."""
-        changed = overwritten(found, reader, self.lifter)
+        changed = overwritten(found, bias, reader, self.lifter)
         if changed is not None:
             return _refusal(changed, "it is written to in place before it is used")
         if penalty is not None and not every_row_sees_a_key(found, geometry, self.lifter):
@@ -148,7 +210,9 @@ class Prover:
             at = views.broadcast(shape, out, index) if term.at is None else term.at
             lifted = self.lifter.read(term.node, at, term.reader)
             if term.kind == "add":
-                return _kept(lifted, term)
+                mask, biases = split(lifted)
+                found = _kept(mask, term)
+                return found if isinstance(found, Refusal) else replace(found, biases=biases)
             if term.kind == "times":
                 return _ones(lifted, term)
             condition = truth(lifted)
@@ -196,12 +260,13 @@ class Prover:
 class _Kept:
     """Where a term lets a key through; ``penalty`` is the finite number that it adds elsewhere.
 
-    ``ones`` says where a factor leaves the logit as it is.
+    ``ones`` says where a factor leaves the logit as it is; ``biases`` what else it adds, and where.
     """
 
     condition: Condition
     penalty: float | None = None
     ones: Condition = TRUE
+    biases: tuple[Case, ...] = ()
 
 
 def _kept(value: Value, term: Term) -> _Kept | Refusal:
@@ -212,7 +277,7 @@ def _kept(value: Value, term: Term) -> _Kept | Refusal:
         return _Kept(value)
     if isinstance(value, Choice):
         return _kept_choice(value, term)
-    if isinstance(value, Unknown):
+    if isinstance(value, (Unknown, Weighted)):
         return _unknown(value, term.node)
     if isinstance(value, Affine):
         return _kept_integer(value, term)
@@ -220,9 +285,10 @@ def _kept(value: Value, term: Term) -> _Kept | Refusal:
 
 
 def _unknown(value: Value, mask: fx.Node) -> Refusal:
-    load = value.load if isinstance(value, Unknown) else None
-    node, why = (load.node, load.why) if load is not None else (mask, "")
-    return _refusal(node, why or "its values are only known at run time")
+    what = "its values are only known at run time"
+    if isinstance(value, (Unknown, Weighted)):
+        return blame.refusal(value.load, what)
+    return _refusal(mask, what)
 
 
 def _kept_choice(value: Choice, term: Term) -> _Kept | Refusal:

@@ -11,15 +11,18 @@ from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.site import Mask
 
 if TYPE_CHECKING:
+    from nsa_compile.passes.masks.alibi import Alibi
     from nsa_compile.passes.masks.prove import Geometry
 
 
-def overwritten(mask: Mask, reader: fx.Node, lifter: Lifter) -> fx.Node | None:
-    """A tensor that ``mask`` names and that no longer holds what was proven when ``reader`` runs.
+def overwritten(mask: Mask, bias: Alibi | None, reader: fx.Node, lifter: Lifter) -> fx.Node | None:
+    """A tensor of ``mask`` or ``bias`` that no longer holds what was proven when ``reader`` runs.
 
-    The rewritten graph reads padding, ids and prefix where the attention stands.
+    The rewritten graph reads padding, ids, prefix and slopes where the attention stands.
     """
-    named = (mask.valid, mask.hidden, mask.prefix, *(mask.segments or ()))
+    named: tuple[object, ...] = (mask.valid, mask.hidden, mask.prefix, *(mask.segments or ()))
+    if bias is not None:
+        named = (*named, bias.slopes, bias.positions)
     tensors = [n for n in named if isinstance(n, fx.Node)]
     changed = (n for n in tensors if lifter.mutations.version(n, reader) is not n)
     return next(changed, None)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
+
 from nsa_compile.passes.masks import conditions
 from nsa_compile.passes.masks.affine import Affine, Load, Var, affine
 from nsa_compile.passes.masks.conditions import (
@@ -20,6 +22,7 @@ from nsa_compile.passes.masks.conditions import (
 from nsa_compile.passes.masks.logic import all_of, any_of, negation
 
 _MOST_PAIRS = 64
+_ZERO = Affine()
 
 
 class Stuck(Exception):
@@ -42,8 +45,22 @@ class Unknown:
     load: Load
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """``load * times * factor + rest``: a bias that grows with positions, such as ALiBi's.
+
+    ``dtype`` is the narrowest that the value was rounded to on its way.
+    """
+
+    load: Load
+    times: Affine
+    factor: float = 1.0
+    rest: Affine | float = _ZERO
+    dtype: torch.dtype = torch.float32
+
+
 # A float is a constant that is no integer (or infinite); other numbers are Affine.
-Value: TypeAlias = Affine | Condition | Choice | Unknown | float
+Value: TypeAlias = Affine | Condition | Choice | Unknown | Weighted | float
 
 
 def choose(condition: Condition, then: Value, otherwise: Value) -> Value:
@@ -67,7 +84,7 @@ def truth(value: Value) -> Condition | None:
         return ne(value)
     if isinstance(value, float):
         return TRUE if value != 0 else FALSE
-    if isinstance(value, Unknown):
+    if isinstance(value, (Unknown, Weighted)):
         return None
     then, otherwise = truth(value.then), truth(value.otherwise)
     if then is None or otherwise is None:
@@ -123,7 +140,7 @@ def loads(value: Value) -> list[Load]:
         return value.loads()
     if isinstance(value, Choice):
         return loads(value.condition) + loads(value.then) + loads(value.otherwise)
-    return [value.load] if isinstance(value, Unknown) else []
+    return [value.load] if isinstance(value, (Unknown, Weighted)) else []
 
 
 def size(value: Value) -> int:

@@ -82,7 +82,9 @@ class _Resolver:
         self._split_heads()
         out = self.splits.apply(self.root.out)
         keys = self.splits.apply((self.root.key_at,))[0]
-        masks = [self.splits.apply(term.at) for term in self.root.terms if term.at is not None]
+        masks = {
+            self.splits.apply(term.at): term for term in self.root.terms if term.at is not None
+        }
         q, k, v = self._chains()
         for (node, _), found in zip(self.elements, (q, k, v), strict=True):
             if not found:
@@ -101,7 +103,8 @@ class _Resolver:
             of_query,
             of_key,
             keys,
-            masks,
+            list(masks),
+            [at for at, term in masks.items() if term.kind != "add"],
             all(any(_is_one_sequence(node) for node, _ in elements) for elements in (q, k)),
         )
         if isinstance(roles, str):

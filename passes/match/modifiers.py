@@ -9,6 +9,7 @@ from torch import fx
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import Prover
 from nsa_compile.passes.masks.affine import Affine
+from nsa_compile.passes.masks.prove import Proof
 from nsa_compile.passes.masks.term import Term
 from nsa_compile.passes.masks.views import Element, Index
 from nsa_compile.passes.match.chains import chain
@@ -55,6 +56,14 @@ def read(root: Root, layout: Layout, prover: Prover) -> Found:
     if root.scale == 1.0 and len(steps) == 1 and _is_scale(root.factors[0]):
         return Found(modifiers, tuple(terms), (), root.factors[0].element.node)
     return Found(modifiers, tuple(terms), tuple(steps), root.scale)
+
+
+def biased(modifiers: Modifiers, proof: Proof) -> Modifiers:
+    """``modifiers`` and the ALiBi that was proven beside the mask."""
+    if proof.alibi is None:
+        return modifiers
+    slopes, positions, factor = proof.alibi.slopes, proof.alibi.positions, proof.alibi.factor
+    return replace(modifiers, slopes=slopes, positions=positions, slope_factor=factor)
 
 
 def _is_scale(factor: Factor) -> bool:

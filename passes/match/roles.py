@@ -24,14 +24,16 @@ def assign(
     of_key: set[Var],
     key_at: Affine,
     masks: Sequence[Index],
+    filled: Sequence[Index],
     one_sequence: bool,
 ) -> Roles | str:
     """Roles of the axes in ``order``, or what speaks against an attention.
 
     An axis of keys or values is batch or heads; one that only queries have counts queries or the
     heads that share a key. Which of two it is changes no result, only which masks and which heads
-    are recognised, so the choice may follow hints: ``masks``, the elements of masks, and
-    ``one_sequence``, whether queries and keys come from tensors ``[1, ...]``.
+    are recognised, so the choice may follow hints: ``masks``, the elements of masks, ``filled``,
+    those that are surely no bias of each head, and ``one_sequence``, whether queries and keys come
+    from tensors ``[1, ...]``.
     """
     if not set(order) <= of_query | of_key:
         return "the result has an axis that neither queries nor keys have"
@@ -41,7 +43,7 @@ def assign(
     own = [var for var in order if var not in of_key]
     row = _row(own, masks, key_at)
     groups = tuple(var for var in own if var is not row)
-    batch, heads = _batch_and_heads(shared, bool(groups), masks, one_sequence)
+    batch, heads = _batch_and_heads(shared, bool(groups), filled, one_sequence)
     return Roles(batch, heads + groups, () if row is None else (row,))
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks import Geometry, Prover
 from nsa_compile.passes.masks.affine import Var
+from nsa_compile.passes.masks.prove import Proof
 from nsa_compile.passes.masks.sizes import Size
 from nsa_compile.passes.match import axes, layout, modifiers, origin
 from nsa_compile.passes.match.layout import Layout, Operand
@@ -69,8 +70,10 @@ def _laid_out(root: Root, laid_out: Layout, prover: Prover) -> AttentionSite:
         else modifiers.Found(scale=root.scale)
     )
     mask = mask or found.refusal
+    changes = found.modifiers
     if mask is None:
-        mask = _prove(root, geometry, found, prover)
+        proof = _prove(root, geometry, found, prover, laid_out.dtype)
+        mask, changes = proof.mask, modifiers.biased(found.modifiers, proof)
     module, module_class = origin.module(root.output)
     q, k, v = laid_out.query, laid_out.key, laid_out.value
     return AttentionSite(
@@ -95,7 +98,7 @@ def _laid_out(root: Root, laid_out: Layout, prover: Prover) -> AttentionSite:
         q_len=_extent(laid_out, laid_out.roles.rows),
         kv_len=_extent(laid_out, axes.axes((root.key_at,))),
         dtype=laid_out.dtype,
-        modifiers=found.modifiers,
+        modifiers=changes,
         query_steps=q.steps + found.query_steps,
         key_steps=k.steps,
         value_steps=v.steps,
@@ -104,11 +107,16 @@ def _laid_out(root: Root, laid_out: Layout, prover: Prover) -> AttentionSite:
 
 
 def _prove(
-    root: Root, geometry: Geometry, found: modifiers.Found, prover: Prover
-) -> Mask | Refusal:
+    root: Root, geometry: Geometry, found: modifiers.Found, prover: Prover, dtype: torch.dtype
+) -> Proof:
     if not isinstance(root.is_causal, bool):
-        return Refusal(Reason.MASK_NOT_UNDERSTOOD, f"is_causal={root.is_causal} is no constant")
-    return prover.prove(geometry, found.terms, root.is_causal, root.output)
+        unknown = f"is_causal={root.is_causal} is no constant"
+        return Proof(Refusal(Reason.MASK_NOT_UNDERSTOOD, unknown))
+    proof = prover.proof(geometry, found.terms, root.is_causal, root.output, dtype)
+    if proof.alibi is not None and found.modifiers.sinks is not None:
+        # A bias is known up to one number a row, which a sink would notice.
+        return Proof(Refusal(Reason.MODIFIER_NOT_SUPPORTED, "ALiBi beside sinks"))
+    return proof
 
 
 def _decode(geometry: Geometry) -> Refusal | None:

@@ -67,6 +67,7 @@ def prefix_and_window(q: torch.Tensor) -> torch.Tensor:
 
 CASES: dict[Reason, tuple[Callable[..., Any], tuple[torch.Tensor, ...], dict[str, Any], str]] = {
     Reason.MASK_NOT_UNDERSTOOD: (striped, (Q,), {}, "%"),
+    Reason.MASK_FROM_OUTSIDE: (masked, (Q, torch.ones(T, T, dtype=torch.bool)), {}, "graph input"),
     Reason.DROPOUT: (lambda q: sdpa(q, dropout_p=0.25), (Q,), {}, "0.25"),
     Reason.EXCLUDED: (sdpa, (Q,), {"exclude": ["*"]}, ""),
     Reason.NEEDS_PREPARE: (sdpa, (Q,), {"merge": "gate"}, ""),
