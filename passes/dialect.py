@@ -130,6 +130,7 @@ _ROWS = (
     _Row("tanh", "x"),
     _Row("sqrt", "x"),
     _Row("max", "x dim keepdim", "amax"),
+    _Row("any", "x dim keepdim"),
     _Row("nan_to_num", "x nan posinf neginf"),
     _Row("dropout", "x p training", "native_dropout"),
     # selection and structure

@@ -44,13 +44,27 @@ def is_number(argument: Any) -> bool:
 
 
 def _constant(node: fx.Node) -> float | None:
-    """What a 0-d tensor made of one Python number holds: ``full([], c)``, ``tensor(c)``."""
+    """What a tensor made of one Python number holds: ``full([], c)``, ``tensor(c)``, ``zeros``."""
     op = dialect.view(node)
-    if op is None or dialect.shape(node) != ():
+    if op is None or any(dialect.written(user) for user in node.users):
         return None
+    if dialect.shape(node) != ():
+        # A larger one may be written to through its views, unless nobody else reads it.
+        return _filled(op) if len(node.users) == 1 else None
     if op.name in ("to", "type", "type_as", "float", "half", "bfloat16", "double", "sqrt"):
         return None if not isinstance(op["x"], fx.Node) else _constant_cast(op.name, op["x"])
-    value = op["data"] if op.name == "tensor" else op["fill_value"]
+    return _plain(op["data"]) if op.name == "tensor" else _filled(op)
+
+
+def _filled(op: dialect.Op) -> float | None:
+    if op.name in ("zeros", "zeros_like", "new_zeros"):
+        return 0.0
+    if op.name in ("ones", "ones_like", "new_ones"):
+        return 1.0
+    return _plain(op["fill_value"]) if op.name in ("full", "full_like", "new_full") else None
+
+
+def _plain(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 

@@ -186,7 +186,9 @@ def _step(parsed: Weights, node: fx.Node, op: Op, at: Index) -> None:
         if source is None or source.name != "dropout" or op["index"] != 0:
             raise Stumble(node, "it picks a part of the weights")
     elif op.name not in CASTS:
-        parsed.zeroed.append(_zeroed(parsed, node, op, at))
+        zeroed = _zeroed(parsed, node, op, at)
+        if not (zeroed.where and is_empty_row(zeroed.node, parsed.softmax)):
+            parsed.zeroed.append(zeroed)
 
 
 def _zeroed(parsed: Weights, node: fx.Node, op: Op, at: Index) -> Zeroed:
@@ -204,6 +206,36 @@ def _zeroed(parsed: Weights, node: fx.Node, op: Op, at: Index) -> Zeroed:
     if shape is None or out is None or number(fill) != 0:
         raise Stumble(node, "it changes weights")
     return Zeroed(mask, views.broadcast(shape, out, at), where, node)
+
+
+def is_empty_row(mask: fx.Node, softmax: fx.Node) -> bool:
+    """``not any(not (scores == -inf), -1, keepdim=True)``: a row without keys, as SDPA decomposes.
+
+    Its weights are 0 in the operators too.
+    """
+    rank, dim = len(dialect.shape(softmax) or ()), _ops(softmax)["dim"]
+    some = _inverted(mask)
+    hidden = _inverted(some["x"])
+    if some.name != "any" or some["keepdim"] is not True or not isinstance(dim, int) or not rank:
+        return False
+    return (
+        isinstance(some["dim"], int)
+        and some["dim"] % rank == dim % rank
+        and hidden.name == "eq"
+        and hidden["x"] is _ops(softmax)["x"]
+        and hidden["y"] == float("-inf")
+    )
+
+
+def _inverted(node: Any) -> Op:
+    """What ``node`` negates."""
+    op = _ops(node)
+    return _ops(op["x"]) if op.name in ("logical_not", "not") else Op("", {})
+
+
+def _ops(node: Any) -> Op:
+    op = dialect.view(node) if isinstance(node, fx.Node) else None
+    return op or Op("", {})
 
 
 def dropout(op: Op) -> float:
