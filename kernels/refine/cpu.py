@@ -74,22 +74,24 @@ class _Weighing:
         best = columns.new_full((*free.shape, columns.shape[2]), -torch.inf)
         listed, masked = (free >= 0).sum(dim=1).tolist(), cut.any(dim=1).tolist()
         step = max(1, _GATHERED // (free.shape[1] * tiling.block * dim))
+        rows = free.clamp(min=0)
         for first in range(0, tiling.tiles, step):
             tiles = slice(first, min(first + step, tiling.tiles))
             slots = max(listed[tiles])
             if slots:
-                mine = free[tiles, :slots]
+                mine, own = rows[tiles, :slots], best[tiles, :slots]
                 logits = self._products(place, mine, columns[tiles], first)
-                torch.amax(logits, dim=2, out=best[tiles, :slots])
+                torch.amax(logits, dim=2, out=own)
+                if min(listed[tiles]) < slots:
+                    own.masked_fill_((free[tiles, :slots] < 0)[..., None], -torch.inf)
                 if any(masked[tiles]):
                     at = cut[tiles, :slots].nonzero().unbind(1)
                     hidden = self._hidden(place[0], mine[at], at[0] + first)[:, :, None]
                     seen = logits[at].unflatten(2, (group, -1)).masked_fill_(hidden, -torch.inf)
-                    best[tiles, :slots][at] = seen.amax(dim=1).flatten(1)
+                    own[at] = seen.amax(dim=1).flatten(1)
         if self.modifiers.slopes is None:
             # Without slopes the cap is monotone and waits for the maxima.
             cap_(best, self.modifiers)
-        best.masked_fill_((free < 0)[..., None], -torch.inf)
         last = best[-1].unflatten(1, (group, -1))
         last[..., tiling.q_len - (tiling.tiles - 1) * tiling.query_tile :] = -torch.inf
         return softmax_(best, dim=1).amax(dim=2)
@@ -101,7 +103,7 @@ class _Weighing:
         tiling, (tiles, slots) = self.tiling, listed.shape
         table, take = self._keys.view(tiling.blocks, -1), self._workspace.take
         keys = take("keys", table.dtype, listed.numel(), table.shape[1])
-        torch.index_select(table, 0, listed.clamp(min=0).flatten(), out=keys)
+        torch.index_select(table, 0, listed.flatten(), out=keys)
         keys = keys.view(tiles, -1, columns.shape[1])
         logits = take("logits", table.dtype, tiles, keys.shape[1], columns.shape[2])
         torch.bmm(keys, columns, out=logits)

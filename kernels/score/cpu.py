@@ -79,13 +79,7 @@ def _squares(x: Tensor, centre: Tensor | None, valid: Tensor | None) -> Tensor:
 
 
 class _Scorer:
-    """Queries, keys and mask of some pairs: a batch entry and a kv head each.
-
-    Padding keys carry a bias of -inf in one more channel.
-    """
-
-    rows: Tensor  # [pairs, G, Tq, X], scaled
-    keys: Tensor  # [pairs, keys, X]
+    """Mask, modifiers and memory for some pairs: a batch entry and a kv head each."""
 
     def __init__(
         self, k: Tensor, group: int, visibility: Visibility, modifiers: Modifiers, tiling: Tiling,
@@ -94,18 +88,8 @@ class _Scorer:
         self.group, self.tiling = group, tiling
         self.visibility, self.modifiers = visibility, modifiers
         self.places = [divmod(pair, k.shape[1]) for pair in pairs]
-        self.wide = accumulator(k.dtype)
-        self._workspace = Workspace()
-        self.masks = Masks(tiling, visibility, self.wide, self._workspace)
-
-    def columns(self, positions: tuple[int, int]) -> Tensor:
-        """[pairs, X, G * rows]: the queries at some positions."""
-        start, stop = (p - self.tiling.offset for p in positions)
-        return self.rows[:, :, start:stop].flatten(1, 2).transpose(1, 2)
-
-    def memory(self, keys: int, columns: int) -> Tensor:
-        """Uninitialised [keys, columns], the same memory every time."""
-        return self._workspace.take("logits", self.wide, keys, columns)
+        self.wide, self.workspace = accumulator(k.dtype), Workspace()
+        self.masks = Masks(tiling, visibility, self.wide, self.workspace)
 
     def add_alibi_(self, logits: Tensor, pair: int, query: int, keys: range) -> Tensor:
         """ALiBi as seen from the position ``query``, on logits [keys, G, rows]."""
@@ -116,7 +100,8 @@ class _Scorer:
 class ChannelScorer(_Scorer):
     """Block scores of scorer "channels".
 
-    The keys that complete the last block repeat its last key, which changes no maximum.
+    Padding keys carry a bias of -inf in one more channel. The keys that complete the last block
+    repeat its last key, which changes no maximum.
     """
 
     def __init__(
@@ -166,13 +151,15 @@ class ChannelScorer(_Scorer):
         Every row sees the blocks ``whole``.
         """
         block, sloped = self.tiling.block, self.modifiers.slopes is not None
-        queries = self.columns(positions)
+        start, stop = (p - self.tiling.offset for p in positions)
+        queries = self.rows[:, :, start:stop].flatten(1, 2).transpose(1, 2)
         width = queries.shape[2]
-        best = queries.new_empty(len(queries), blocks[1] - blocks[0], width)
+        best = self.workspace.take("best", self.wide, len(queries), self.tiling.blocks, width)
+        best = best[:, : blocks[1] - blocks[0]]
         step = max(1, _PIECE // (width * block))
         for at, end, masked in _pieces(blocks, whole, step):
             keys = range(at * block, end * block)
-            logits = self.memory(len(keys), width)
+            logits = self.workspace.take("logits", self.wide, len(keys), width)
             by_block = logits.view(end - at, block, -1)
             by_head = logits.view(len(keys), self.group, -1)
             mine = self.keys[:, keys.start : keys.stop].unbind()
@@ -198,16 +185,11 @@ class MeanScorer(_Scorer):
         visibility = replace(visibility, query_segments=None, key_segments=None)
         super().__init__(k, q.shape[1] // k.shape[1], visibility, modifiers, tiling, pairs)
         self.length, self.stride = compress_block, compress_stride
-        dim, width = k.shape[3], k.shape[3] + (visibility.valid is not None)
-        self.rows = q.new_ones(len(pairs), self.group, q.shape[2], width, dtype=self.wide)
-        self.keys = k.new_zeros(len(pairs), summary.shape[2], width, dtype=self.wide)
-        for (entry, head), rows, keys in zip(self.places, self.rows, self.keys, strict=True):
-            rows[..., :dim] = q[entry, head * self.group : (head + 1) * self.group]
-            keys[:, :dim] = summary[entry, head]
-            if visibility.valid is not None:
-                holds = holds_valid_key(visibility.valid[entry, None], self.length, self.stride)
-                _silence(keys, holds[0])
-        self.rows[..., :dim] *= scale
+        self.q = q.unflatten(1, (k.shape[1], self.group))
+        self.keys = summary.flatten(0, 1)[pairs.start : pairs.stop].to(self.wide) * scale
+        self.holds = None
+        if visibility.valid is not None:
+            self.holds = holds_valid_key(visibility.valid, self.length, self.stride)
 
     def run_of_tiles(self) -> int:
         """Tiles to score together."""
@@ -223,11 +205,16 @@ class MeanScorer(_Scorer):
         if first >= stop:
             return out
         positions = tiling.positions(first_tile, last_tile)
-        columns = self.columns(positions)
-        for pair, (entry, _) in enumerate(self.places):
-            logits = self.memory(stop - first, columns.shape[2])
-            torch.mm(self.keys[pair, first:stop], columns[pair], out=logits)
+        rows = slice(positions[0] - tiling.offset, positions[1] - tiling.offset)
+        for pair, (entry, head) in enumerate(self.places):
+            columns = self.q[entry, head, :, rows].flatten(0, 1).to(self.wide).T
+            shape = (self.keys.shape[1], columns.shape[1])
+            logits = self.workspace.take("logits", self.wide, *shape)[: stop - first]
+            torch.mm(self.keys[pair, first:stop], columns, out=logits)
             logits = cap_(logits.unflatten(1, (self.group, -1)), modifiers)
+            if self.holds is not None:
+                hidden = ~self.holds[entry, first:stop]
+                logits.masked_fill_(hidden[:, None, None], -torch.inf)
             if modifiers.slopes is not None:
                 self.add_alibi_(logits, pair, positions[0], self._last_keys(first, stop))
             for at, end, masked in _pieces((first, stop), whole, stop - first):

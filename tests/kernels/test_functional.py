@@ -70,6 +70,27 @@ def test_compressed_keys_may_be_given() -> None:
     assert torch.equal(mine, functional.select_blocks(q, k, scorer="mean", **SMALL))
 
 
+@pytest.mark.parametrize("scorer", ["channels", "mean"])
+def test_ranges_keep_a_tile_to_its_chunk(scorer: str) -> None:
+    """Chunks of 64 keys: a tile of 16 queries chooses among the four blocks of its own chunk."""
+    q, k, _ = tensors()
+    low = torch.arange(T, dtype=torch.int32) // 64 * 64
+    ranges = torch.stack((low, low + 64), dim=-1)[None]
+    blocks = functional.select_blocks(q, k, ranges=ranges, scorer=scorer, **SMALL)
+    chunk = torch.arange(blocks.shape[2]) // 4
+    assert ((blocks // 4 == chunk[:, None]) | (blocks < 0)).all()
+    assert torch.equal((blocks >= 0).sum(-1)[0, 0], torch.arange(blocks.shape[2]) % 4 + 1)
+
+
+def test_steep_slopes_choose_the_nearest_blocks() -> None:
+    q, k, _ = tensors()
+    steep = torch.full((HQ,), 1.0)
+    blocks = functional.select_blocks(q, k, slopes=steep, init_blocks=0, **SMALL)
+    tile = torch.arange(blocks.shape[2])
+    nearest = (tile[:, None] - torch.arange(4, -1, -1)).to(torch.int32)
+    assert torch.equal(blocks[:, :, 4:], nearest[4:].expand_as(blocks[:, :, 4:]))
+
+
 def test_the_order_of_64_bit_indices_does_not_matter() -> None:
     q, k, v = tensors()
     blocks = functional.select_blocks(q, k, **SMALL)
@@ -113,6 +134,21 @@ WRONG = {
     ),
     "k_cmp must be [B, Hkv, Nc, D] = [2, 2, 11, 16] in torch.float32": lambda: (
         functional.select_blocks(q, k, scorer="mean", k_cmp=k)
+    ),
+    "ranges must be int32 [B or 1, Tq, 2] = [2, 200, 2], got torch.int64 [2, 200, 2]": lambda: (
+        functional.select_blocks(q, k, ranges=torch.zeros(2, 200, 2, dtype=torch.int64))
+    ),
+    "query_segments and key_segments go together": lambda: functional.select_blocks(
+        q, k, query_segments=torch.zeros(2, 200, dtype=torch.int32)
+    ),
+    "positions are those of ALiBi and need slopes": lambda: functional.select_blocks(
+        q, k, positions=torch.zeros(1, 200)
+    ),
+    "slopes must be float32 [Hq] = [4], got torch.float32 [2]": lambda: functional.select_blocks(
+        q, k, slopes=torch.zeros(2)
+    ),
+    "softcap must be 0 (none) or more, got -1.0": lambda: functional.select_blocks(
+        q, k, softcap=-1.0
     ),
     "query_tile must be a positive integer, got 0": lambda: functional.select_blocks(
         q, k, query_tile=0
