@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -32,10 +33,17 @@ class Modifiers:
             return None
         return (capped / self.softcap).square_().neg_().add_(1.0)
 
-    def distances(self, batch: int, positions: Tensor, keys: Tensor, kv_len: int) -> Tensor:
-        """What ``slopes`` multiply, float32: the keys' places less those of the queries."""
+    def distances(
+        self,
+        batch: int,
+        positions: Tensor,
+        keys: Tensor,
+        kv_len: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """What ``slopes`` multiply: the keys' places less those of the query positions."""
         at = positions.clamp(0, kv_len - 1), keys.clamp(0, kv_len - 1)
         if self.positions is not None:
-            places = self.positions[batch % len(self.positions)]
+            places = self.positions[batch % len(self.positions)].to(dtype)
             at = places[at[0]], places[at[1]]
-        return (at[1] - at[0]).float()
+        return (at[1] - at[0]).to(dtype)

@@ -203,8 +203,8 @@ class ConvertedPath:
 
     def __init__(self, settings: Settings, scorer: str) -> None:
         self.settings, self.config = settings, settings.config(scorer)
-        self.site = (settings.dim**-0.5, True, 0, None, settings.query_tile, settings.block)
-        self.logits = (self.site[0], 0.0, *self.site[1:])
+        tiling = (settings.query_tile, settings.block)
+        self.logits = (settings.dim**-0.5, 0.0, True, 0, None, *tiling)
         self.refined = self.config.proposed_blocks() > settings.num_selected
 
     def summary(self, q: Tensor, k: Tensor) -> Tensor:
@@ -228,21 +228,16 @@ class ConvertedPath:
         if not self.refined:
             return candidates
         picked = torch.ops.nsa.refine_blocks(
-            q,
-            k,
-            candidates,
-            *_ABSENT,
-            *self.logits,
-            s.num_selected,
-            s.init_blocks,
-            s.window,
+            q, k, candidates, *_ABSENT, *self.logits, s.num_selected, s.init_blocks, s.window,
             s.dense_len,
-        )
+        )  # fmt: skip
         return as_tensor(picked)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
         dense_len = self.settings.dense_len
-        out, _ = torch.ops.nsa.selected_attention(q, k, v, blocks, None, *self.site, dense_len)
+        out, _ = torch.ops.nsa.selected_attention(
+            q, k, v, blocks, *_ABSENT, *self.logits, dense_len
+        )
         return as_tensor(out)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,6 +5,13 @@ head h reads kv head h // G), Tq and Tk lengths, D query/key width, Dv value wid
 block, R query tile, n selected blocks, Nc compressed blocks. Query i stands at position
 ``i + offset``; a ``window`` of W keeps the keys ``p - W < j <= p`` (``|p - j| < W`` when not
 causal); ``valid`` is bool [B, Tk], True for a real key. Inputs may have any strides.
+
+Further terms of the mask, on top of the others: ``ranges`` int32 [B or 1, Tq, 2] keeps the keys
+``ranges[b, i, 0] <= j < ranges[b, i, 1]``; ``query_segments`` int32 [B or 1, Tq] and
+``key_segments`` int32 [B or 1, Tk] keep the keys of the query's own segment. What is done to a
+scaled logit s: ``softcap`` makes it ``softcap * tanh(s / softcap)``, then ALiBi adds ``slopes[h] *
+(positions[j] - positions[p])``, slopes float32 [Hq] and positions float32 [B or 1, Tk] (None: the
+key's index); both are constants to autograd.
 """
 
 from __future__ import annotations
@@ -116,7 +123,9 @@ def select_blocks(
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block: int, query_tile: int,
     causal: bool = True, offset: int = 0, window: int | None = None, scale: float | None = None,
-    valid: Tensor | None = None, return_lse: bool = False,
+    valid: Tensor | None = None, return_lse: bool = False, ranges: Tensor | None = None,
+    query_segments: Tensor | None = None, key_segments: Tensor | None = None,
+    slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """One softmax over the keys of the selected blocks (arXiv 2502.11089, eq. 11-12).
 
@@ -129,7 +138,7 @@ def selected_attention(
         block: L, keys in a block.
         query_tile: R, queries that share one choice.
         scale: of the logits; None is ``1 / sqrt(D)``.
-        return_lse: also return the log-sum-exp of the scaled logits.
+        return_lse: also return the log-sum-exp of the logits.
 
     Returns:
         out [B, Hq, Tq, Dv] in q.dtype; with ``return_lse`` also lse float32 [B, Hq, Tq]. A query
@@ -141,6 +150,8 @@ def selected_attention(
     _check_inputs(q, k, v, valid)
     _check_sizes(block=block, query_tile=query_tile)
     _check_mask(window, 0)
+    _check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
+    terms = (valid, ranges, query_segments, key_segments, slopes, positions)
     tiles = -(-q.shape[2] // query_tile)
     shape = tuple(block_indices.shape)
     if len(shape) != 4 or shape[:3] != (k.shape[0], k.shape[1], tiles):
@@ -151,8 +162,8 @@ def selected_attention(
     if block_indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"block_indices must be int32 or int64, got {block_indices.dtype}")
     out, lse = torch.ops.nsa.selected_attention(
-        q, k, v, block_indices.to(torch.int32), valid, _scale(scale, q.shape[3]), causal, offset,
-        window, query_tile, block, 0,
+        q, k, v, block_indices.to(torch.int32), *terms, _scale(scale, q.shape[3]), softcap, causal,
+        offset, window, query_tile, block, 0,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -160,7 +171,9 @@ def selected_attention(
 def nsa_attention(
     q: Tensor, k: Tensor, v: Tensor, *, config: NSAConfig | Mapping[str, Any] | None = None,
     causal: bool = True, offset: int = 0, window: int | None = None, valid: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | None = None, ranges: Tensor | None = None,
+    query_segments: Tensor | None = None, key_segments: Tensor | None = None,
+    slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The whole converted attention: score, select, attend; what the backend puts into a graph.
 
@@ -183,6 +196,8 @@ def nsa_attention(
     """
     _check_inputs(q, k, v, valid)
     _check_mask(window, 0)
+    _check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
+    terms = (valid, ranges, query_segments, key_segments, slopes, positions)
     options = NSAConfig.from_options(config)
     if options.merge != "softmax":
         raise NotImplementedError(
@@ -193,9 +208,8 @@ def nsa_attention(
         summary = torch.ops.nsa.channels(q, k, valid, options.channels(dim), options.dense_len)
     else:
         summary = torch.ops.nsa.compress(k, valid, options.compress_block, options.compress_stride)
-    mask = (_scale(scale, dim), causal, offset, window)
+    logits = (_scale(scale, dim), softcap, causal, offset, window)
     sizes = (options.query_tile, options.select_block)
-    terms, logits = (valid, *(None,) * 5), (mask[0], 0.0, *mask[1:])
     blocks = torch.ops.nsa.select_blocks(
         q, k, summary, *terms, options.scorer, *logits, *sizes, options.proposed_blocks(),
         options.init_blocks, options.window, options.compress_block, options.compress_stride,
@@ -207,7 +221,7 @@ def nsa_attention(
             options.window, options.dense_len,
         )  # fmt: skip
     out, _ = torch.ops.nsa.selected_attention(
-        q, k, v, blocks, valid, *mask, *sizes, options.dense_len
+        q, k, v, blocks, *terms, *logits, *sizes, options.dense_len
     )
     return out
 

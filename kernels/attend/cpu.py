@@ -14,54 +14,64 @@ from torch import Tensor
 
 from nsa_compile.kernels.attend import dense
 from nsa_compile.kernels.attend.plan import Plan, Run
-from nsa_compile.kernels.geometry import Tiling
+from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.layout import empty_token_major
-from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.precision import accumulator
-from nsa_compile.kernels.visibility import Visibility
 from nsa_compile.kernels.workers import share_pairs
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, valid: Tensor | None, scale: float,
-    causal: bool, offset: int, window: int | None, query_tile: int, block: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, site: Site
+) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, Tq, Dv] in q.dtype, lse float32 [B, Hq, Tq])."""
-    tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
-    group, modifiers = q.shape[1] // k.shape[1], Modifiers()
-    plan = Plan(block_indices, group, tiling, Visibility(valid), modifiers)
+    plan = _plan(q, k, block_indices, site)
+    tiling, scale = plan.tiling, site.scale
     # Flash attention wants D = Dv: the narrower side is filled up with zeros.
     width = max(q.shape[3], v.shape[3])
     queries = torch.nn.functional.pad(q, (0, width - q.shape[3])) if q.shape[3] < width else q
     out = empty_token_major(q, *q.shape[:3], v.shape[3])
     lse = q.new_empty(*q.shape[:3], 1, dtype=accumulator(q.dtype))
     first = _dense_tiles(plan)
-    head = slice(0, first * query_tile)
+    head = slice(0, first * tiling.query_tile)
     if first:
         keys = slice(0, tiling.visible_keys(tiling.positions(0, first))[1])
         out[:, :, head], lse[:, :, head, 0] = dense.forward(
-            q[:, :, head], k[:, :, keys], v[:, :, keys], None, scale, causal, offset, window
+            q[:, :, head], k[:, :, keys], v[:, :, keys], None, scale, site.causal, site.offset, None
         )
 
-    def attend(part: slice) -> None:
+    attend = _attend_capped if site.softcap else _attend
+
+    def work(part: slice) -> None:
         for pair in plan.pairs(part):
             keys = pair.table("keys", k, q.dtype, width)
             values = pair.table("values", v, q.dtype, width)
             for run in pair.runs(width, first):
-                here, here_lse = _attend(run, run.of(queries), keys, values, scale)
+                here, here_lse = attend(run, run.of(queries), keys, values, scale)
                 run.of(out).copy_(here[..., : v.shape[3]])
                 run.of(lse).copy_(here_lse)
 
-    share_pairs(plan.count, q.shape[:3].numel() * plan.index.shape[3] * block, attend)
+    share_pairs(plan.count, _logits(q, plan), work)
     return out, lse.squeeze(-1)
+
+
+def _plan(q: Tensor, k: Tensor, block_indices: Tensor, site: Site) -> Plan:
+    group = q.shape[1] // k.shape[1]
+    return Plan(block_indices, group, site.tiling(q, k), site.visibility, site.modifiers)
+
+
+def _logits(q: Tensor, plan: Plan) -> int:
+    """How many logits there are to compute."""
+    return q.shape[:3].numel() * plan.index.shape[3] * plan.tiling.block
 
 
 def _dense_tiles(plan: Plan) -> int:
     """Leading tiles that list every block they see, whatever the pair, under a plain mask."""
-    tiling = plan.tiling
+    tiling, modifiers = plan.tiling, plan.modifiers
     if tiling.window is not None or not plan.visibility.unlimited:
+        return 0
+    if modifiers.slopes is not None or modifiers.softcap:
         return 0
     stops = [tiling.visible_keys(tiling.positions(t, t + 1))[1] for t in range(tiling.tiles)]
     last = (torch.tensor(stops, dtype=torch.int64) - 1).div(tiling.block, rounding_mode="floor")
@@ -76,7 +86,9 @@ def _attend(
     run: Run, rows: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out [tiles, G, rows, width], lse [tiles, G, rows, 1]) of the run's queries ``rows``."""
-    bias, dead = run.bias(rows.dtype)
+    # ALiBi's distances need more digits than half precision has.
+    dtype = rows.dtype if run.plan.modifiers.slopes is None else accumulator(rows.dtype)
+    bias, dead = run.bias(dtype)
     k, v = (run.read(n, x)[:, None] for n, x in (("run keys", keys), ("run values", values)))
     merged = rows.reshape(run.tiles, 1, -1, rows.shape[3])
     out, lse = _flash(merged, k, v, 0.0, False, attn_mask=bias, scale=scale)
@@ -85,21 +97,36 @@ def _attend(
     return out.view(rows.shape), lse.view(*rows.shape[:3], 1)
 
 
+def _attend_capped(
+    run: Run, rows: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same with explicit logits, which flash attention cannot cap."""
+    wide = accumulator(rows.dtype)
+    k, v = (run.read(n, x).to(wide) for n, x in (("run keys", keys), ("run values", values)))
+    merged = rows.to(wide).reshape(run.tiles, -1, rows.shape[3]) * scale
+    weights, _ = run.logits("weights", merged, k)
+    lse = torch.logsumexp(weights, dim=-1, keepdim=True)
+    weights.sub_(_finite(lse)).exp_()
+    return torch.bmm(weights, v).view(rows.shape), lse.view(*rows.shape[:3], 1)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """lse, 0 for queries without keys: their logits are -inf and must give exp(-inf - 0) = 0."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-    lse: Tensor, block_indices: Tensor, valid: Tensor | None, scale: float, causal: bool,
-    offset: int, window: int | None, query_tile: int, block: int,
+    lse: Tensor, block_indices: Tensor, site: Site,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) in the dtypes of q, k and v."""
-    tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
-    group, modifiers = q.shape[1] // k.shape[1], Modifiers()
-    plan = Plan(block_indices, group, tiling, Visibility(valid), modifiers)
+    plan, scale = _plan(q, k, block_indices, site), site.scale
     wide = accumulator(q.dtype)
     delta = (grad_out.to(wide) * out.to(wide)).sum(dim=-1, keepdim=True)
     if grad_lse is not None:
-        delta -= grad_lse[..., None]
-    # A query without keys has lse -inf; its logits are -inf too and must give exp(-inf - 0) = 0.
-    shift = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+        # What comes from the lse of a query without keys, perhaps inf, goes nowhere.
+        delta -= grad_lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+    shift = _finite(lse)[..., None]
     dq, dk, dv = (empty_token_major(x, *x.shape) for x in (q, k, v))
 
     def differentiate(part: slice) -> None:
@@ -124,8 +151,8 @@ def backward(
                 mine = run.of(dq)
                 mine.copy_(torch.bmm(dscores, run_keys).mul_(scale).view(mine.shape))
                 run.scatter_add(dkeys, dscores, rows)
-            dk[pair.batch, pair.head] = dkeys.view(-1, k.shape[3])[: tiling.kv_len]
-            dv[pair.batch, pair.head] = dvalues.view(-1, v.shape[3])[: tiling.kv_len]
+            dk[pair.batch, pair.head] = dkeys.view(-1, k.shape[3])[: k.shape[2]]
+            dv[pair.batch, pair.head] = dvalues.view(-1, v.shape[3])[: k.shape[2]]
 
-    share_pairs(plan.count, q.shape[:3].numel() * plan.index.shape[3] * block, differentiate)
+    share_pairs(plan.count, _logits(q, plan), differentiate)
     return dq, dk, dv

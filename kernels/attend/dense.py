@@ -65,11 +65,14 @@ def backward(
         else:
             backend = backends.MATH  # The fused kernels have no gradient of lse.
         part_lse = lse[:, :, rows]
+        part_grad_lse = None if grad_lse is None else grad_lse[:, :, rows]
         if part.dead is not None:
             part_lse = part_lse.masked_fill(part.dead, _DEAD_LSE)
+            if part_grad_lse is not None:
+                part_grad_lse = part_grad_lse.masked_fill(part.dead, 0.0)
         grads = backend.backward(
-            grad_out[:, :, rows], None if grad_lse is None else grad_lse[:, :, rows], *inputs,
-            out[:, :, rows], part_lse, part.bias, part.causal, scale,
+            grad_out[:, :, rows], part_grad_lse, *inputs, out[:, :, rows], part_lse, part.bias,
+            part.causal, scale,
         )  # fmt: skip
         if part.only:
             return grads

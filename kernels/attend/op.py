@@ -11,29 +11,34 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.attend import cpu, dense
+from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.autograd import once_differentiable
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.layout import empty_token_major, token_major
 from nsa_compile.kernels.precision import accumulator
 
-_MASK = "float scale, bool causal, SymInt offset, int? window, int query_tile, int block"
+# The fields of Site, and the length up to which every key is read.
+_SITE = (
+    "Tensor? valid, Tensor? ranges, Tensor? query_segments, Tensor? key_segments, Tensor? slopes, "
+    "Tensor? positions, float scale, float softcap, bool causal, SymInt offset, int? window, "
+    "int query_tile, int block, int dense_len"
+)
 _lib = torch.library.Library("nsa", "FRAGMENT")
 _lib.define(
-    "selected_attention(Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor? valid, "
-    f"{_MASK}, int dense_len) -> (Tensor out, Tensor lse)"
+    "selected_attention(Tensor q, Tensor k, Tensor v, Tensor block_indices, "
+    f"{_SITE}) -> (Tensor out, Tensor lse)"
 )
 _lib.define(
     "selected_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor out, Tensor lse, Tensor block_indices, Tensor? valid, {_MASK}, int dense_len"
-    ") -> (Tensor dq, Tensor dk, Tensor dv)"
+    f"Tensor out, Tensor lse, Tensor block_indices, {_SITE}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
 @torch.library.register_fake("nsa::selected_attention", lib=_lib)
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, valid: Tensor | None, scale: float,
-    causal: bool, offset: int, window: int | None, query_tile: int, block: int, dense_len: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    _check_dtypes(q, k, v)
     batch, heads, q_len, _ = q.shape
     out = empty_token_major(q, batch, heads, q_len, v.shape[3])
     return out, q.new_empty((batch, heads, q_len), dtype=accumulator(q.dtype))
@@ -47,20 +52,27 @@ def _backward_fake(
     return dq, dk, dv
 
 
+def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype == k.dtype == v.dtype and q.is_floating_point():
+        return
+    found = ", ".join(f"{name} in {x.dtype}" for name, x in (("q", q), ("k", k), ("v", v)))
+    raise ValueError(f"q, k and v must have one floating dtype, got {found}")
+
+
 def _forward(implementation: Any) -> Any:
     """The op's kernel around ``implementation``: dense attention up to ``dense_len`` keys."""
 
     def kernel(
-        q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, valid: Tensor | None, scale: float,
-        causal: bool, offset: int, window: int | None, query_tile: int, block: int, dense_len: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if k.shape[2] <= dense_len:
-            out, lse = dense.forward(q, k, v, valid, scale, causal, offset, window)
+        q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        _check_dtypes(q, k, v)
+        site, dense_len = Site(*args[:-1]), args[-1]
+        if _is_sdpa(site, k, dense_len):
+            mask = (site.scale, site.causal, site.offset, site.window)
+            out, lse = dense.forward(q, k, v, site.valid, *mask)
         else:
-            blocks = _by_tile(block_indices, q, query_tile)
-            out, lse = implementation().forward(
-                q, k, v, blocks, valid, scale, causal, offset, window, query_tile, block
-            )
+            site, blocks = _blocks_read(q, k, block_indices, site, dense_len)
+            out, lse = implementation().forward(q, k, v, blocks, site)
         return token_major(out), lse.contiguous()
 
     return kernel
@@ -71,23 +83,33 @@ def _backward(implementation: Any) -> Any:
 
     def kernel(
         grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        lse: Tensor, block_indices: Tensor, valid: Tensor | None, scale: float, causal: bool,
-        offset: int, window: int | None, query_tile: int, block: int, dense_len: int,
+        lse: Tensor, block_indices: Tensor, *args: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        if k.shape[2] <= dense_len:
-            grads = dense.backward(
-                grad_out, grad_lse, q, k, v, out, lse, valid, scale, causal, offset, window
-            )
+        site, dense_len = Site(*args[:-1]), args[-1]
+        saved = (grad_out, grad_lse, q, k, v, out, lse)
+        if _is_sdpa(site, k, dense_len):
+            mask = (site.scale, site.causal, site.offset, site.window)
+            grads = dense.backward(*saved, site.valid, *mask)
         else:
-            blocks = _by_tile(block_indices, q, query_tile)
-            grads = implementation().backward(
-                grad_out, grad_lse, q, k, v, out, lse, blocks, valid, scale, causal, offset,
-                window, query_tile, block,
-            )  # fmt: skip
+            site, blocks = _blocks_read(q, k, block_indices, site, dense_len)
+            grads = implementation().backward(*saved, blocks, site)
         dq, dk, dv = grads
         return token_major(dq), token_major(dk), token_major(dv)
 
     return kernel
+
+
+def _is_sdpa(site: Site, k: Tensor, dense_len: int) -> bool:
+    return k.shape[2] == 0 or (k.shape[2] <= dense_len and site.like_sdpa)
+
+
+def _blocks_read(
+    q: Tensor, k: Tensor, block_indices: Tensor, site: Site, dense_len: int
+) -> tuple[Site, Tensor]:
+    """The blocks each tile reads: those selected, or up to ``dense_len`` keys all of them."""
+    if k.shape[2] <= dense_len:
+        return site.reading_everything(q, k)
+    return site, _by_tile(block_indices, q, site.query_tile)
 
 
 def _by_tile(block_indices: Tensor, q: Tensor, query_tile: int) -> Tensor:
@@ -102,21 +124,26 @@ _lib.impl("selected_attention_backward", _backward(lambda: cpu), "CPU")
 _lib.impl("selected_attention_backward", _backward(lambda: launchers("attend")), "CUDA")
 
 
+# Of the arguments behind block_indices the first are tensors or None: valid to positions.
+_TENSORS = 6
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, block_indices, valid, *ctx.sizes = inputs
-    ctx.save_for_backward(q, k, v, *output, block_indices, valid)
+    q, k, v, block_indices, *rest = inputs
+    terms, ctx.sizes = rest[:_TENSORS], rest[_TENSORS:]
+    ctx.save_for_backward(q, k, v, *output, block_indices, *terms)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    q, k, v, out, lse, block_indices, valid = ctx.saved_tensors
-    rest = (None,) * (2 + len(ctx.sizes))
+    q, k, v, out, lse, block_indices, *terms = ctx.saved_tensors
+    rest = (None,) * (1 + len(terms) + len(ctx.sizes))
     if grad_out is None and grad_lse is None:
         return None, None, None, *rest
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.nsa.selected_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, block_indices, valid, *ctx.sizes
+        grad_out, grad_lse, q, k, v, out, lse, block_indices, *terms, *ctx.sizes
     )
     return *grads, *rest
 

@@ -51,8 +51,8 @@ class Plan:
     """Which blocks the tiles of every pair read, and which of them need a mask."""
 
     def __init__(
-        self, block_indices: Tensor, group: int, tiling: Tiling,
-        visibility: Visibility = Visibility(), modifiers: Modifiers = Modifiers(),  # noqa: B008
+        self, block_indices: Tensor, group: int, tiling: Tiling, visibility: Visibility,
+        modifiers: Modifiers,
     ) -> None:  # fmt: skip
         if visibility.valid is not None and bool(visibility.valid.all()):
             visibility = dataclasses.replace(visibility, valid=None)
@@ -236,7 +236,7 @@ class Run:
         slope = modifiers.cap_slope(scores)
         by_head = scores.view(self.tiles, -1, self.rows, self.slots, self.tiling.block)
         if modifiers.slopes is not None:
-            by_head += self._slanted()
+            by_head += self._slanted(scores.dtype)
         if self.masked.stop:
             by_head[..., self.masked, :].masked_fill_(~self._seen()[:, None], -torch.inf)
         return scores, slope
@@ -262,7 +262,7 @@ class Run:
         if self.plan.modifiers.slopes is None:
             bias = torch.zeros(len(seen), 1, self.rows, self.slots, self.tiling.block, dtype=dtype)
         else:
-            bias = self._slanted().to(dtype)
+            bias = self._slanted(dtype)
         if self.masked.stop:
             bias[..., self.masked, :].masked_fill_(~seen[:, None], -torch.inf)
         bias = bias.expand(-1, group, -1, -1, -1).reshape(-1, 1, group * self.rows, self.keys)
@@ -281,14 +281,15 @@ class Run:
         # Without causality or a window no query differs from another.
         return seen.expand(-1, self.rows, -1, -1)
 
-    def _slanted(self) -> Tensor:
-        """ALiBi's term, float32 [tiles, G, rows, slots, L]."""
+    def _slanted(self, dtype: torch.dtype) -> Tensor:
+        """ALiBi's term [tiles, G, rows, slots, L]."""
         modifiers, tiling = self.plan.modifiers, self.tiling
         assert modifiers.slopes is not None
         queries, keys, _ = self._places(self.stop, slice(0, self.slots))
         places = queries + tiling.offset, keys
-        distances = modifiers.distances(self.pair.batch, *places, tiling.kv_len)
-        return distances[:, None] * modifiers.slopes[self.pair.heads, None, None, None]
+        distances = modifiers.distances(self.pair.batch, *places, tiling.kv_len, dtype)
+        slopes = modifiers.slopes[self.pair.heads, None, None, None].to(dtype)
+        return distances[:, None] * slopes
 
     def _places(self, stop: int, slots: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [tiles, rows, 1, 1] and keys [tiles, 1, slots, L] up to a tile, and the blocks.

@@ -55,18 +55,21 @@ def selected(block_indices: Tensor, q_len: int, kv_len: int, query_tile: int, bl
 
 
 def selected_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, valid: Tensor | None, scale: float,
-    causal: bool, offset: int, window: int | None, query_tile: int, block: int,
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, valid: Tensor | None,
+    ranges: Tensor | None, query_segments: Tensor | None, key_segments: Tensor | None,
+    slopes: Tensor | None, positions: Tensor | None, scale: float, softcap: float, causal: bool,
+    offset: int, window: int | None, query_tile: int, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]); a query that sees nothing has out 0 and lse -inf."""
     group = q.shape[1] // k.shape[1]
     q_len, kv_len = q.shape[2], k.shape[2]
-    mask = visible(q_len, kv_len, causal, offset, window, valid)
-    mask = mask if valid is None else mask[:, None]
+    terms = (valid, ranges, query_segments, key_segments)
+    mask = visible(q_len, kv_len, causal, offset, window, *terms)
+    mask = mask if mask.ndim == 2 else mask[:, None]
     mask = mask & selected(block_indices, q_len, kv_len, query_tile, block)
     mask = mask.repeat_interleave(group, dim=1)
     scores = scale * (q @ k.repeat_interleave(group, dim=1).transpose(-1, -2))
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = modified(scores, offset, slopes, positions, softcap).masked_fill(~mask, -torch.inf)
     sees = mask.any(dim=-1, keepdim=True)
     weights = torch.softmax(scores.where(sees, 0.0), dim=-1).where(mask, 0.0)
     out = weights @ v.repeat_interleave(group, dim=1)

@@ -1,7 +1,7 @@
 """Triton kernels of the gradient of block-sparse attention.
 
     dv_j = sum_i p_ij do_i
-    ds_ij = p_ij (do_i.v_j - delta_i),  delta_i = do_i.o_i - dlse_i
+    ds_ij = p_ij (do_i.v_j - delta_i) (times the cap's slope, if any),  delta_i = do_i.o_i - dlse_i
     dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i
 
 The query side has the forward's programs. A program of the key side owns one block and a bounded
@@ -15,11 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.attend.triton_rows import (
     last_steps,
     launch_for,
     listed_keys,
     load_rows,
+    modified,
     order_blocks,
     padded_dim,
     program,
@@ -27,7 +29,19 @@ from nsa_compile.kernels.attend.triton_rows import (
     whole_steps,
 )
 from nsa_compile.kernels.layout import empty_token_major
-from nsa_compile.kernels.triton_site import LOG2_E, dense_rows, mask_pointer, mask_strides, visible
+from nsa_compile.kernels.triton_site import (
+    LOG2_E,
+    dense_rows,
+    mask_pointer,
+    mask_strides,
+    place_of,
+    row_range,
+    row_segment,
+    row_slope,
+    seen_in_terms,
+    terms,
+    visible,
+)
 
 # Rows of queries that one key-side program reads at most: long enough that a block's two products
 # amortise its load, short enough that the block everybody chose is not the tail.
@@ -36,10 +50,12 @@ PIECE_ROWS = 16384
 
 @triton.jit
 def _query_steps(
-    acc, q, do, lse, delta, k, v, valid, ids, first, stop, steps, position, scale, kv_len, window,
-    k_row, v_row, valid_row, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    L: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    PADDED: tl.constexpr, MASKED: tl.constexpr,
+    acc, q, do, lse, delta, k, v, valid, key_segments, positions, ids, first, stop, steps, position,
+    low, high, segment, slope, place, scale, cap, kv_len, window, k_row, v_row, valid_row,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, L: tl.constexpr,
+    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
+    RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for step in range(0, steps):
         origin, offset, used = listed_keys(ids, step, first, stop, L, BN)
@@ -54,11 +70,20 @@ def _query_steps(
         v_tile = load_rows(v + origin * v_row, offset, v_row, inside, DV, DVP, MASKED)
         s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
         dp = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
-        p = tl.exp2(s * scale - lse[:, None])
+        key_place = place_of(key, positions, kv_len, SLOPED, PLACED)
+        s, bend = modified(
+            s, scale, cap, slope[:, None], place[:, None], key_place[None, :], CAPPED, SLOPED
+        )
+        p = tl.exp2(s - lse[:, None])
         ds = p * (dp - delta[:, None])
+        if CAPPED:
+            ds = ds * bend
         if MASKED:
             seen = visible(position[:, None], key[None, :], kv_len, window, CAUSAL, WINDOWED)
-            seen = seen & inside[None, :]
+            seen = seen_in_terms(
+                seen & inside[None, :], key, inside, low, high, segment, key_segments, RANGED,
+                SEGMENTED,
+            )  # fmt: skip
             ds = tl.where(seen, ds, 0.0)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     return acc
@@ -69,11 +94,13 @@ def _query_gradient(
     q, k, v, out, do, lse, dlse, ids, counts, valid, dq, delta, scale, signed_scale, tiles,
     kv_heads, q_len, kv_len, offset, window, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, o_batch, o_head, o_row, do_batch, do_head, do_row, dlse_batch,
-    dlse_head, dlse_row, dq_batch, dq_head, dq_row, valid_batch, valid_row, G: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
-    LSE_GRADIENT: tl.constexpr,
+    dlse_head, dlse_row, dq_batch, dq_head, dq_row, valid_batch, valid_row, ranges, ranges_batch,
+    query_segments, query_segments_batch, key_segments, key_segments_batch, slopes, positions,
+    positions_batch, cap, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
+    BN: tl.constexpr, CHUNKS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    PADDED: tl.constexpr, NEGATIVE: tl.constexpr, LSE_GRADIENT: tl.constexpr, RANGED: tl.constexpr,
+    SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """dq, and on the way delta for the key side; programs own the rows they own in forward."""
     entry, batch, kv_head, tile, chunk = program(tiles, kv_heads, CHUNKS)
@@ -101,6 +128,12 @@ def _query_gradient(
     tl.store(delta + place, difference, mask=mine)
     log_sum = tl.where(dead, float("inf"), log_sum * 1.4426950408889634)
     position = query + offset
+    low, high = row_range(ranges + batch * ranges_batch, query, mine, RANGED)
+    segment = row_segment(query_segments + batch * query_segments_batch, query, mine, SEGMENTED)
+    slope = row_slope(slopes, head, mine, SLOPED)
+    key_segments += batch * key_segments_batch
+    positions += batch * positions_batch
+    place = place_of(position, positions, kv_len, SLOPED, PLACED)
     k_base = k + batch * k_batch + kv_head.to(tl.int64) * k_head
     v_base = v + batch * v_batch + kv_head.to(tl.int64) * v_head
     valid_base = valid + batch * valid_batch
@@ -112,15 +145,17 @@ def _query_gradient(
     acc = tl.zeros([M, DP], tl.float32)
     steps, covered = whole_steps(full, L, BN)
     acc = _query_steps(
-        acc, q_tile, do_tile, log_sum, difference, k_base, v_base, valid_base, ids_base, 0, full,
-        steps, position, scale, kv_len, window, k_row, v_row, valid_row, D, DV, DP, DVP, L, BN,
-        CAUSAL, WINDOWED, PADDED, False,
+        acc, q_tile, do_tile, log_sum, difference, k_base, v_base, valid_base, key_segments,
+        positions, ids_base, 0, full, steps, position, low, high, segment, slope, place, scale, cap,
+        kv_len, window, k_row, v_row, valid_row, D, DV, DP, DVP, L, BN, CAUSAL, WINDOWED, PADDED,
+        RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, False,
     )  # fmt: skip
     steps = last_steps(count - covered, L, BN)
     acc = _query_steps(
-        acc, q_tile, do_tile, log_sum, difference, k_base, v_base, valid_base, ids_base, covered,
-        count, steps, position, scale, kv_len, window, k_row, v_row, valid_row, D, DV, DP, DVP, L,
-        BN, CAUSAL, WINDOWED, PADDED, True,
+        acc, q_tile, do_tile, log_sum, difference, k_base, v_base, valid_base, key_segments,
+        positions, ids_base, covered, count, steps, position, low, high, segment, slope, place,
+        scale, cap, kv_len, window, k_row, v_row, valid_row, D, DV, DP, DVP, L, BN, CAUSAL,
+        WINDOWED, PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, True,
     )  # fmt: skip
     dq_rows = head * dq_head + query.to(tl.int64) * dq_row
     store_rows(dq + batch * dq_batch, dq_rows, 1, mine, acc * signed_scale, D, DP)
@@ -128,10 +163,12 @@ def _query_gradient(
 
 @triton.jit
 def _key_steps(
-    dk, dv, k_tile, v_tile, q, do, lse, delta, readers, first_row, rows, steps, key, scale, q_len,
-    kv_len, offset, window, q_head, q_row, do_head, do_row, G: tl.constexpr, R: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k_tile, v_tile, q, do, lse, delta, ranges, query_segments, slopes, positions, readers,
+    first_row, rows, steps, key, key_segment, key_place, scale, cap, q_len, kv_len, offset, window,
+    q_head, q_row, do_head, do_row, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, NEGATIVE: tl.constexpr, RANGED: tl.constexpr, SEGMENTED: tl.constexpr,
+    SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for step in range(0, steps):
         if R % BM == 0:  # one head of one tile a step: scalar arithmetic
@@ -164,15 +201,28 @@ def _key_steps(
         log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)
         difference = tl.load(delta + place, mask=mine, other=0.0)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-        p = tl.exp2(s * scale - log_sum[None, :])
+        slope = row_slope(slopes, head + query * 0, mine, SLOPED)
+        row_place = place_of(query + offset, positions, kv_len, SLOPED, PLACED)
+        s, bend = modified(
+            s, scale, cap, slope[None, :], row_place[None, :], key_place[:, None], CAPPED, SLOPED
+        )
+        p = tl.exp2(s - log_sum[None, :])
         if MASKED:
             seen = visible(
                 (query + offset)[None, :], key[:, None], kv_len, window, CAUSAL, WINDOWED
             )
+            if RANGED:
+                low, high = row_range(ranges, query, mine, RANGED)
+                seen = seen & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
+            if SEGMENTED:
+                segment = row_segment(query_segments, query, mine, SEGMENTED)
+                seen = seen & (key_segment[:, None] == segment[None, :])
             p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
         ds = p * (dp - difference[None, :])
+        if CAPPED:
+            ds = ds * bend
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
 
@@ -180,13 +230,15 @@ def _key_steps(
 @triton.jit
 def _key_gradient(
     q, k, v, do, lse, delta, readers, starts, slot_block, slot_end, dk_part, dv_part, valid, dk, dv,
-    scale, pairs, kv_heads, q_len, kv_len, offset, window, blocks, slots, entries,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head,
-    do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, valid_batch, valid_row,
-    G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PIECE: tl.constexpr,
-    PIECE_PAD: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+    scale, pairs, kv_heads, q_len, kv_len, offset, window, blocks, slots, entries, q_batch, q_head,
+    q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row, dk_batch,
+    dk_head, dk_row, dv_batch, dv_head, dv_row, valid_batch, valid_row, ranges, ranges_batch,
+    query_segments, query_segments_batch, key_segments, key_segments_batch, slopes, positions,
+    positions_batch, cap, G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    PIECE: tl.constexpr, PIECE_PAD: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr, RANGED: tl.constexpr,
+    SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN keys of one block, summed over one piece of the tiles that read the block.
 
@@ -225,16 +277,23 @@ def _key_gradient(
     v_base = v + batch * v_batch + kv_head * v_head
     k_tile = load_rows(k_base, key, k_row, inside, D, DP, True)
     v_tile = load_rows(v_base, key, v_row, inside, DV, DVP, True)
+    key_segment = row_segment(key_segments + batch * key_segments_batch, key, inside, SEGMENTED)
+    ranges += batch * ranges_batch
+    query_segments += batch * query_segments_batch
+    positions += batch * positions_batch
+    slopes += kv_head * G
+    key_place = place_of(key, positions, kv_len, SLOPED, PLACED)
     q_base = q + batch * q_batch + kv_head * G * q_head
     do_base = do + batch * do_batch + kv_head * G * do_head
     row_base = pair * G * q_len
     list_base = readers + pair * entries + begin
     rows = (end - begin) * G * R
-    # Tiles come in ascending order, so those on the diagonal lead the list.
+    # Tiles come in ascending order, so those on the diagonal lead the list. Under further terms of
+    # the mask any tile may need it.
     item = tl.arange(0, PIECE_PAD)
     tile = tl.load(list_base + item, mask=item < end - begin, other=2147483647)
     masked_rows = rows
-    if not WINDOWED:
+    if not (WINDOWED or (RANGED or SEGMENTED)):
         if CAUSAL:
             diagonal = (item < end - begin) & (tile * R + offset < block * L + L - 1)
             masked_rows = tl.sum(diagonal.to(tl.int32)) * G * R
@@ -244,16 +303,20 @@ def _key_gradient(
     dv_sum = tl.zeros([BN, DVP], tl.float32)
     masked_steps = (masked_rows + BM - 1) // BM
     dk_sum, dv_sum = _key_steps(
-        dk_sum, dv_sum, k_tile, v_tile, q_base, do_base, lse + row_base, delta + row_base,
-        list_base, 0, rows, masked_steps, key, scale, q_len, kv_len, offset, window, q_head, q_row,
-        do_head, do_row, G, R, D, DV, DP, DVP, BM, CAUSAL, WINDOWED, NEGATIVE, True,
+        dk_sum, dv_sum, k_tile, v_tile, q_base, do_base, lse + row_base, delta + row_base, ranges,
+        query_segments, slopes, positions, list_base, 0, rows, masked_steps, key, key_segment,
+        key_place, scale, cap, q_len, kv_len, offset, window, q_head, q_row, do_head, do_row, G, R,
+        D, DV, DP, DVP, BM, CAUSAL, WINDOWED, NEGATIVE, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED,
+        True,
     )  # fmt: skip
     done = masked_steps * BM
     steps = (tl.maximum(rows - done, 0) + BM - 1) // BM
     dk_sum, dv_sum = _key_steps(
-        dk_sum, dv_sum, k_tile, v_tile, q_base, do_base, lse + row_base, delta + row_base,
-        list_base, done, rows, steps, key, scale, q_len, kv_len, offset, window, q_head, q_row,
-        do_head, do_row, G, R, D, DV, DP, DVP, BM, CAUSAL, WINDOWED, NEGATIVE, False,
+        dk_sum, dv_sum, k_tile, v_tile, q_base, do_base, lse + row_base, delta + row_base, ranges,
+        query_segments, slopes, positions, list_base, done, rows, steps, key, key_segment,
+        key_place, scale, cap, q_len, kv_len, offset, window, q_head, q_row, do_head, do_row, G, R,
+        D, DV, DP, DVP, BM, CAUSAL, WINDOWED, NEGATIVE, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED,
+        False,
     )  # fmt: skip
     dk_sum = dk_sum * (scale * 0.6931471805599453)
     if PADDED:
@@ -295,9 +358,7 @@ def _join_pieces(
 
 def backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, block_indices: torch.Tensor,
-    valid: torch.Tensor | None, scale: float, causal: bool, offset: int, window: int | None,
-    query_tile: int, block: int,
+    v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, block_indices: torch.Tensor, site: Site,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dq, dk, dv), token-major, in the dtypes of q, k and v."""
     gradients = tuple(empty_token_major(x, *x.shape) for x in (q, k, v))
@@ -308,39 +369,39 @@ def backward(
             gradient.zero_()
         return gradients
     dq, dk, dv = gradients
-    geometry = (scale, causal, offset, window, query_tile, block)
-    ordered = order_blocks(block_indices, valid, q.shape[2], k.shape[2], *geometry[1:])
+    ordered = order_blocks(block_indices, q.shape[2], k.shape[2], site)
+    extra = terms(site.visibility, site.modifiers, q)
     delta = torch.empty_like(lse)
-    _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, valid, dq, delta, geometry)
-    _launch_key(grad_out, q, k, v, lse, ordered[0], valid, dk, dv, delta, geometry)
+    _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, dq, delta, site, extra)
+    _launch_key(grad_out, q, k, v, lse, ordered[0], dk, dv, delta, site, extra)
     return gradients
 
 
-def _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, valid, dq, delta, geometry):
-    scale, causal, offset, window, query_tile, block = geometry
+def _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, dq, delta, site, extra):
     ids, counts = ordered
     batch, q_heads, q_len, head_dim = q.shape
-    group = q_heads // k.shape[1]
-    launch = launch_for("query", q, v, group, query_tile, block)
-    chunks = triton.cdiv(group * query_tile, launch.rows)
+    group, value_dim = q_heads // k.shape[1], v.shape[3]
+    launch = launch_for("query", q, v, group, site.query_tile, site.block)
+    chunks = triton.cdiv(group * site.query_tile, launch.rows)
     grad_lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
     _query_gradient[(chunks * ids.shape[2] * k.shape[1] * batch,)](
         q, k, v, out, grad_out, lse, lse if grad_lse is None else grad_lse, ids, counts,
-        mask_pointer(valid, q), dq, delta, abs(scale) * LOG2_E, scale, ids.shape[2], k.shape[1],
-        q_len, k.shape[2], offset, window or 0, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *out.stride()[:3], *grad_out.stride()[:3], *grad_lse_strides, *dq.stride()[:3],
-        *mask_strides(valid), G=group, N=ids.shape[3], R=query_tile, L=block, D=head_dim,
-        DV=v.shape[3], DP=padded_dim(head_dim), DVP=padded_dim(v.shape[3]), M=launch.rows,
-        BN=launch.keys, CHUNKS=chunks, CAUSAL=causal, WINDOWED=window is not None,
-        PADDED=valid is not None, NEGATIVE=scale < 0, LSE_GRADIENT=grad_lse is not None,
-        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+        mask_pointer(site.valid, q), dq, delta, abs(site.scale) * LOG2_E, site.scale, ids.shape[2],
+        k.shape[1], q_len, k.shape[2], site.offset, site.window or 0, *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
+        *grad_lse_strides, *dq.stride()[:3], *mask_strides(site.valid), *extra.arguments, G=group, N=ids.shape[3],
+        R=site.query_tile, L=site.block, D=head_dim, DV=value_dim, DP=padded_dim(head_dim),
+        DVP=padded_dim(value_dim), M=launch.rows, BN=launch.keys, CHUNKS=chunks, CAUSAL=site.causal,
+        WINDOWED=site.window is not None, PADDED=site.valid is not None, NEGATIVE=site.scale < 0,
+        LSE_GRADIENT=grad_lse is not None, **extra.flags, num_warps=launch.warps,
+        num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
 
 
-def _launch_key(grad_out, q, k, v, lse, ids, valid, dk, dv, delta, geometry):
-    scale, causal, offset, window, query_tile, block = geometry
+def _launch_key(grad_out, q, k, v, lse, ids, dk, dv, delta, site, extra):
     batch, kv_heads, kv_len, head_dim = k.shape
     value_dim, group, tiles = v.shape[3], q.shape[1] // kv_heads, ids.shape[2]
+    query_tile, block = site.query_tile, site.block
     pairs, blocks = batch * kv_heads, triton.cdiv(kv_len, block)
     piece = max(1, PIECE_ROWS // (group * query_tile))
     # A list of c > piece readers takes ceil(c / piece) slots, fewer than 2 c / piece.
@@ -355,12 +416,13 @@ def _launch_key(grad_out, q, k, v, lse, ids, valid, dk, dv, delta, geometry):
     pieces = triton.cdiv(block, keys)
     _key_gradient[(pairs * (slots + blocks) * pieces,)](
         q, k, v, grad_out, lse, delta, readers, starts, slot_block, slot_first, dk_part, dv_part,
-        mask_pointer(valid, q), dk, dv, abs(scale) * LOG2_E, pairs, kv_heads, q.shape[2], kv_len,
-        offset, window or 0, blocks, slots, readers.shape[1], *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        *mask_strides(valid), **shape, BN=keys, BM=launch.rows, PIECE=piece,
-        PIECE_PAD=triton.next_power_of_2(min(piece, tiles)), PIECES=pieces, CAUSAL=causal,
-        WINDOWED=window is not None, PADDED=valid is not None, NEGATIVE=scale < 0,
+        mask_pointer(site.valid, q), dk, dv, abs(site.scale) * LOG2_E, pairs, kv_heads, q.shape[2],
+        kv_len, site.offset, site.window or 0, blocks, slots, readers.shape[1], *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
+        *dv.stride()[:3], *mask_strides(site.valid), *extra.arguments, **shape, BN=keys,
+        BM=launch.rows, PIECE=piece, PIECE_PAD=triton.next_power_of_2(min(piece, tiles)),
+        PIECES=pieces, CAUSAL=site.causal, WINDOWED=site.window is not None,
+        PADDED=site.valid is not None, NEGATIVE=site.scale < 0, **extra.flags,
         num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     if slots == 0:

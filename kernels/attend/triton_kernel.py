@@ -1,7 +1,7 @@
 """Triton kernels of block-sparse attention: one softmax over the keys of the listed blocks.
 
-    s_ij = scale q_i.k_j,  p_ij = exp(s_ij - lse_i),  o_i = sum_j p_ij v_j
-    lse_i = log sum_j exp(s_ij)
+    s_ij = scale q_i.k_j (capped and slanted as the site says),  p_ij = exp(s_ij - lse_i)
+    o_i = sum_j p_ij v_j,  lse_i = log sum_j exp(s_ij)
 
 A program owns M rows, the rows of one tile in head-major order (head m // R of the group, query
 m % R), so that a short tile still fills the tensor cores with the heads that share its blocks.
@@ -14,12 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.attend.triton_backward import backward
 from nsa_compile.kernels.attend.triton_rows import (
     last_steps,
     launch_for,
     listed_keys,
     load_rows,
+    modified,
     order_blocks,
     padded_dim,
     program,
@@ -27,17 +29,31 @@ from nsa_compile.kernels.attend.triton_rows import (
     whole_steps,
 )
 from nsa_compile.kernels.layout import empty_token_major
-from nsa_compile.kernels.triton_site import LOG2_E, dense_rows, mask_pointer, mask_strides, visible
+from nsa_compile.kernels.triton_site import (
+    LOG2_E,
+    dense_rows,
+    mask_pointer,
+    mask_strides,
+    place_of,
+    row_range,
+    row_segment,
+    row_slope,
+    seen_in_terms,
+    terms,
+    visible,
+)
 
 __all__ = ["backward", "forward"]
 
 
 @triton.jit
 def _forward_steps(
-    acc, top, total, q, k, v, valid, ids, first, stop, steps, position, scale, kv_len, window,
-    k_row, v_row, valid_row, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    L: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    PADDED: tl.constexpr, MASKED: tl.constexpr,
+    acc, top, total, q, k, v, valid, key_segments, positions, ids, first, stop, steps, position,
+    low, high, segment, slope, place, scale, cap, kv_len, window, k_row, v_row, valid_row,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, L: tl.constexpr,
+    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
+    RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for step in range(0, steps):
         origin, offset, used = listed_keys(ids, step, first, stop, L, BN)
@@ -50,12 +66,26 @@ def _forward_steps(
             )
         k_tile = load_rows(k + origin * k_row, offset, k_row, inside, D, DP, MASKED)
         s = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+        key_place = place_of(key, positions, kv_len, SLOPED, PLACED)
         if MASKED:
             seen = visible(position[:, None], key[None, :], kv_len, window, CAUSAL, WINDOWED)
-            seen = seen & inside[None, :]
-            s = tl.where(seen, s * scale, float("-inf"))
+            seen = seen_in_terms(
+                seen & inside[None, :], key, inside, low, high, segment, key_segments, RANGED,
+                SEGMENTED,
+            )  # fmt: skip
+            s, _ = modified(
+                s, scale, cap, slope[:, None], place[:, None], key_place[None, :], CAPPED, SLOPED
+            )
+            s = tl.where(seen, s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(s - base[:, None])
+        elif CAPPED or SLOPED:
+            s, _ = modified(
+                s, scale, cap, slope[:, None], place[:, None], key_place[None, :], CAPPED, SLOPED
+            )
+            new_top = tl.maximum(top, tl.max(s, 1))
+            base = new_top
             p = tl.exp2(s - base[:, None])
         else:
             new_top = tl.maximum(top, tl.max(s, 1) * scale)
@@ -73,10 +103,13 @@ def _forward_steps(
 def _forward(
     q, k, v, ids, counts, valid, out, lse, scale, tiles, kv_heads, q_len, kv_len, offset, window,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
-    valid_batch, valid_row, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
-    BN: tl.constexpr, CHUNKS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+    valid_batch, valid_row, ranges, ranges_batch, query_segments, query_segments_batch,
+    key_segments, key_segments_batch, slopes, positions, positions_batch, cap, G: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+    RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     entry, batch, kv_head, tile, chunk = program(tiles, kv_heads, CHUNKS)
     row = chunk * M + tl.arange(0, M)
@@ -88,6 +121,12 @@ def _forward(
     if NEGATIVE:
         q_tile = -q_tile
     position = query + offset
+    low, high = row_range(ranges + batch * ranges_batch, query, mine, RANGED)
+    segment = row_segment(query_segments + batch * query_segments_batch, query, mine, SEGMENTED)
+    slope = row_slope(slopes, head, mine, SLOPED)
+    key_segments += batch * key_segments_batch
+    positions += batch * positions_batch
+    place = place_of(position, positions, kv_len, SLOPED, PLACED)
     k_base = k + batch * k_batch + kv_head.to(tl.int64) * k_head
     v_base = v + batch * v_batch + kv_head.to(tl.int64) * v_head
     valid_base = valid + batch * valid_batch
@@ -101,15 +140,17 @@ def _forward(
     total = tl.zeros([M], tl.float32)
     steps, covered = whole_steps(full, L, BN)
     acc, top, total = _forward_steps(
-        acc, top, total, q_tile, k_base, v_base, valid_base, ids_base, 0, full, steps, position,
-        scale, kv_len, window, k_row, v_row, valid_row, D, DV, DP, DVP, L, BN, CAUSAL, WINDOWED,
-        PADDED, False,
+        acc, top, total, q_tile, k_base, v_base, valid_base, key_segments, positions, ids_base, 0,
+        full, steps, position, low, high, segment, slope, place, scale, cap, kv_len, window, k_row,
+        v_row, valid_row, D, DV, DP, DVP, L, BN, CAUSAL, WINDOWED, PADDED, RANGED, SEGMENTED,
+        SLOPED, PLACED, CAPPED, False,
     )  # fmt: skip
     steps = last_steps(count - covered, L, BN)
     acc, top, total = _forward_steps(
-        acc, top, total, q_tile, k_base, v_base, valid_base, ids_base, covered, count, steps,
-        position, scale, kv_len, window, k_row, v_row, valid_row, D, DV, DP, DVP, L, BN, CAUSAL,
-        WINDOWED, PADDED, True,
+        acc, top, total, q_tile, k_base, v_base, valid_base, key_segments, positions, ids_base,
+        covered, count, steps, position, low, high, segment, slope, place, scale, cap, kv_len,
+        window, k_row, v_row, valid_row, D, DV, DP, DVP, L, BN, CAUSAL, WINDOWED, PADDED, RANGED,
+        SEGMENTED, SLOPED, PLACED, CAPPED, True,
     )  # fmt: skip
     alive = total > 0
     acc = acc / tl.where(alive, total, 1.0)[:, None]
@@ -123,31 +164,29 @@ def _forward(
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor,
-    valid: torch.Tensor | None, scale: float, causal: bool, offset: int, window: int | None,
-    query_tile: int, block: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, site: Site
+) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, Hq, Tq, Dv] in q's dtype, token-major, and lse [B, Hq, Tq] in float32."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, value_dim = k.shape[1], v.shape[3]
+    kv_heads, kv_len, value_dim = k.shape[1], k.shape[2], v.shape[3]
     out = empty_token_major(q, batch, q_heads, q_len, value_dim)
     lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    ids, counts = order_blocks(
-        block_indices, valid, q_len, k.shape[2], causal, offset, window, query_tile, block
-    )
-    launch = launch_for("forward", q, v, q_heads // kv_heads, query_tile, block)
-    tiles = block_indices.shape[2]
-    chunks = triton.cdiv(q_heads // kv_heads * query_tile, launch.rows)
+    ids, counts = order_blocks(block_indices, q_len, kv_len, site)
+    launch = launch_for("forward", q, v, q_heads // kv_heads, site.query_tile, site.block)
+    tiles, chunks = ids.shape[2], triton.cdiv(q_heads // kv_heads * site.query_tile, launch.rows)
+    extra = terms(site.visibility, site.modifiers, q)
     _forward[(chunks * tiles * kv_heads * batch,)](
-        q, k, v, ids, counts, mask_pointer(valid, q), out, lse, abs(scale) * LOG2_E, tiles,
-        kv_heads, q_len, k.shape[2], offset, window or 0, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *out.stride()[:3], *mask_strides(valid), G=q_heads // kv_heads,
-        N=ids.shape[3], R=query_tile, L=block, D=head_dim, DV=value_dim, DP=padded_dim(head_dim),
-        DVP=padded_dim(value_dim), M=launch.rows, BN=launch.keys, CHUNKS=chunks, CAUSAL=causal,
-        WINDOWED=window is not None, PADDED=valid is not None, NEGATIVE=scale < 0,
-        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+        q, k, v, ids, counts, mask_pointer(site.valid, q), out, lse, abs(site.scale) * LOG2_E,
+        tiles, kv_heads, q_len, kv_len, site.offset, site.window or 0, *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *mask_strides(site.valid),
+        *extra.arguments, G=q_heads // kv_heads, N=ids.shape[3],
+        R=site.query_tile, L=site.block, D=head_dim, DV=value_dim, DP=padded_dim(head_dim),
+        DVP=padded_dim(value_dim), M=launch.rows, BN=launch.keys, CHUNKS=chunks,
+        CAUSAL=site.causal, WINDOWED=site.window is not None, PADDED=site.valid is not None,
+        NEGATIVE=site.scale < 0, **extra.flags, num_warps=launch.warps,
+        num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return out, lse

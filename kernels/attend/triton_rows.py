@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_compile.kernels.triton_site import key_ranges, valid_before
+from nsa_compile.kernels.attend.site import Site
+from nsa_compile.kernels.triton_site import capped, key_ranges, valid_before
 
 
 class Launch(NamedTuple):
@@ -46,6 +47,8 @@ LAUNCHES: dict[tuple[str, bool, int], Launch] = {
     ("key", False, 128): Launch(32, 32, 4, 1),
     ("key", False, 256): Launch(16, 16, 4, 1),
 }
+# Segments of a tile and of a block that hold several: equal to no other.
+_MIXED_TILE, _MIXED_BLOCK = 1 << 40, 1 << 41
 # Where tile and group give a program 64 rows or fewer; ms at 32/32 heads: 2.90. (64x32 in 128
 # registers takes 2.74, but has not been through the correctness grid.)
 SHORT: dict[tuple[str, bool, int], Launch] = {
@@ -132,10 +135,27 @@ def last_steps(count, L: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def modified(
+    product, scale, cap, slope, place, key_place, CAPPED: tl.constexpr, SLOPED: tl.constexpr
+):
+    """Base-2 logits of q.k products after cap and ALiBi, and the cap's slope (if there is one)."""
+    logit = product * scale
+    bend = logit
+    if CAPPED:
+        logit = capped(logit, cap)
+        bend = 1.0 - (logit / cap) * (logit / cap)
+    if SLOPED:
+        logit = logit + slope * (key_place - place)
+    return logit, bend
+
+
+@triton.jit
 def _order_blocks(
-    ids, ordered, counts, tally, total, tiles, kv_heads, q_len, kv_len, offset, window,
-    blocks, N: tl.constexpr, N_PAD: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
-    TILES: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
+    ids, ordered, counts, tally, tile_ranges, tile_segments, block_segments, total, tiles, kv_heads,
+    q_len, kv_len, offset, window, blocks, ranges_batch, tile_segments_batch, block_segments_batch,
+    N: tl.constexpr, N_PAD: tl.constexpr, R: tl.constexpr, L: tl.constexpr, TILES: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr,
+    SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     """Each tile's blocks once: those every row sees in full first, then those that need a mask.
 
@@ -153,6 +173,12 @@ def _order_blocks(
     first = (tile * R + offset)[:, None]
     last = (tl.minimum(tile * R + R, q_len) - 1 + offset)[:, None]
     low, high, low_all, high_all = key_ranges(first, last, kv_len, window, CAUSAL, WINDOWED)
+    if RANGED:
+        there = tile_ranges + batch * ranges_batch + tile * 4
+        low = tl.maximum(low, tl.load(there, mask=row < total, other=0)[:, None])
+        high = tl.minimum(high, tl.load(there + 1, mask=row < total, other=0)[:, None])
+        low_all = tl.maximum(low_all, tl.load(there + 2, mask=row < total, other=0)[:, None])
+        high_all = tl.minimum(high_all, tl.load(there + 3, mask=row < total, other=0)[:, None])
     seen_from = tl.maximum(start, low)
     seen_to = tl.minimum(stop, high)
     seen = (block >= 0) & (block < blocks) & (seen_from < seen_to)
@@ -165,6 +191,12 @@ def _order_blocks(
         every -= tl.load(before + start, mask=seen, other=0)
         seen = seen & (some > 0)
         full = full & (every == L)
+    if SEGMENTED:
+        mine = tl.load(
+            tile_segments + batch * tile_segments_batch + tile, mask=row < total, other=0
+        )
+        theirs = block_segments + batch[:, None] * block_segments_batch + block
+        full = full & (mine[:, None] == tl.load(theirs, mask=seen, other=0))
     repeated = tl.zeros([TILES, N_PAD], tl.int32)
     for j in range(0, N):
         other = tl.load(ids + row * N + j, mask=row < total, other=-1)[:, None]
@@ -202,26 +234,54 @@ def program(tiles, kv_heads, CHUNKS: tl.constexpr):
 
 
 def order_blocks(
-    block_indices: torch.Tensor, valid: torch.Tensor | None, q_len: int, kv_len: int, causal: bool,
-    offset: int, window: int | None, query_tile: int, block: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    block_indices: torch.Tensor, q_len: int, kv_len: int, site: Site
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The lists with whole blocks first, and how many of each kind: int32 [B, Hkv, NT, 2]."""
     ids = block_indices.contiguous()
     batch, kv_heads, tiles, width = ids.shape
     ordered = torch.empty_like(ids)
     counts = ids.new_empty(batch, kv_heads, tiles, 2)
-    before = ids
-    if valid is not None:
-        before = valid_before(valid)
+    before = ids if site.valid is None else valid_before(site.valid)
+    ranges = tile_segments = block_segments = ids  # not read where there are none
+    if site.ranges is not None:
+        ranges = _tile_ranges(site.ranges, site.query_tile)
+    if site.query_segments is not None and site.key_segments is not None:
+        tile_segments = _segments(site.query_segments, site.query_tile, _MIXED_TILE)
+        block_segments = _segments(site.key_segments, site.block, _MIXED_BLOCK)
+    tables = (ranges, tile_segments, block_segments)
+    strides = tuple(0 if len(x) == 1 else x[0].numel() for x in tables)
     padded = triton.next_power_of_2(width)
     per_program = max(1, 128 // padded)
     total = batch * kv_heads * tiles
     _order_blocks[(triton.cdiv(total, per_program),)](
-        ids, ordered, counts, before, total, tiles, kv_heads, q_len, kv_len, offset, window or 0,
-        triton.cdiv(kv_len, block), N=width, N_PAD=padded, R=query_tile, L=block, TILES=per_program,
-        CAUSAL=causal, WINDOWED=window is not None, PADDED=valid is not None, num_warps=1,
+        ids, ordered, counts, before, *tables, total, tiles, kv_heads, q_len, kv_len, site.offset,
+        site.window or 0, triton.cdiv(kv_len, site.block), *strides, N=width, N_PAD=padded,
+        R=site.query_tile, L=site.block, TILES=per_program, CAUSAL=site.causal,
+        WINDOWED=site.window is not None, PADDED=site.valid is not None,
+        RANGED=site.ranges is not None, SEGMENTED=site.query_segments is not None, num_warps=1,
     )  # fmt: skip
     return ordered, counts
+
+
+def _folded(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[B, T, ...] -> [B, ceil(T / size), size, ...], the last entry repeated."""
+    length = x.shape[1]
+    at = torch.arange(-(-length // size) * size, device=x.device).clamp(max=length - 1)
+    return x[:, at].unflatten(1, (-1, size))
+
+
+def _tile_ranges(ranges: torch.Tensor, query_tile: int) -> torch.Tensor:
+    """int32 [B or 1, NT, 4]: [low, high) that some query of the tile sees, and that all see."""
+    low, high = _folded(ranges, query_tile).unbind(-1)
+    bounds = (low.amin(2), high.amax(2), low.amax(2), high.amin(2))
+    return torch.stack(bounds, dim=2).to(torch.int32)
+
+
+def _segments(ids: torch.Tensor, size: int, mixed: int) -> torch.Tensor:
+    """int64 [B or 1, ceil(T / size)]: the one segment of each stretch, ``mixed`` if several."""
+    folded = _folded(ids, size).long()
+    first = folded[:, :, 0]
+    return torch.where((folded == first[:, :, None]).all(2), first, mixed)
 
 
 def launch_for(

@@ -87,12 +87,30 @@ TERMS = {
         ranges="random", segments="documents", slopes=True, softcap=1.5, query_tile=16, window=130,
     ),
 }  # fmt: skip
+# Further ways in which the terms meet the sizes of the attention kernels.
+ATTENDED = {
+    "chunks, group 1, tile 128": _MASKED._replace(ranges="chunks", heads=2, query_tile=128),
+    "prefix, not causal": _MASKED._replace(ranges="prefix", causal=False),
+    "documents, token granular": _MASKED._replace(segments="documents", query_tile=1),
+    "documents, block 16": _MASKED._replace(segments="documents", block=16, count=20),
+    "alibi, dim 64, group 4": _MASKED._replace(
+        slopes=True, dim=64, value_dim=64, heads=8, scale=0.2
+    ),
+    "cap, dim 256, negative scale": _MASKED._replace(
+        softcap=1.5, dim=256, value_dim=256, scale=-0.1
+    ),
+    "cap, window, group 8": _MASKED._replace(softcap=2.0, window=130, heads=16),
+    "everything, block 24": _MASKED._replace(
+        ranges="random", segments="mixed", slopes=True, positions=True, softcap=2.0, block=24,
+        count=12, query_tile=32,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", {**CASES, **TERMS, **ATTENDED})
 def test_attention(name: str, dtype: torch.dtype) -> None:
-    triton_cases.attend(CASES[name], dtype, "cuda")
+    triton_cases.attend({**CASES, **TERMS, **ATTENDED}[name], dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -119,6 +137,11 @@ def test_float32(name: str) -> None:
     triton_cases.compress(case, torch.float32, "cuda")
 
 
+@pytest.mark.parametrize("name", ["chunks", "documents", "alibi", "cap", "everything"])
+def test_modified_attention_in_float32(name: str) -> None:
+    triton_cases.attend(TERMS[name], torch.float32, "cuda")
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", [*DIMS, *MASKS])
 def test_statistics(name: str, dtype: torch.dtype) -> None:
@@ -128,10 +151,10 @@ def test_statistics(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
-    "name", ["group 4", "tile 16, block 64", "padding", "token granular, padding"]
+    "name", ["group 4", "tile 16, block 64", "padding", "token granular, padding", "everything"]
 )
 def test_readers_of_a_block_in_several_pieces(name: str, dtype: torch.dtype) -> None:
-    triton_cases.attend(CASES[name], dtype, "cuda", PIECE_ROWS=256)
+    triton_cases.attend({**CASES, **TERMS}[name], dtype, "cuda", PIECE_ROWS=256)
 
 
 @pytest.mark.parametrize("scorer", ["channels", "mean"])
@@ -157,7 +180,7 @@ def test_runs_inside_a_cuda_graph(scorer: str) -> None:
             q, k, summary, *case.terms(None), scorer, *case.logits, case.query_tile, case.block,
             case.count, 1, case.local_window, case.compress_block, case.compress_stride, 0,
         )  # fmt: skip
-        site = (blocks, None, *case.mask, case.query_tile, case.block, 0)
+        site = (blocks, *case.terms(None), *case.logits, case.query_tile, case.block, 0)
         out, lse = ops.selected_attention(q, k, v, *site)
         grads = ops.selected_attention_backward(out, None, q, k, v, out, lse, *site)
         return blocks, out, lse, *grads
@@ -207,3 +230,38 @@ def test_selection_with_terms_runs_inside_a_cuda_graph(scorer: str) -> None:
     graph.replay()
     for got, expected in zip(captured, path(), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["documents", "everything", "prefix, not causal"])
+def test_short_modified_attention_is_exact_and_runs_inside_a_cuda_graph(name: str) -> None:
+    """Up to dense_len keys every block is read, whatever block_indices say."""
+    import nsa_compile.kernels.library  # noqa: F401
+    from nsa_compile.kernels.attend import reference
+
+    case = {**TERMS, **ATTENDED}[name]
+    *qkv, valid = inputs(case, torch.bfloat16)
+    terms = [x if x is None else x.cuda() for x in case.terms(valid)]
+    site = (*terms, *case.logits, case.query_tile, case.block)
+    q, k, v = (x.cuda() for x in qkv)
+    tiles = -(-case.q_len // case.query_tile)
+    nothing = torch.full((case.batch, case.kv_heads, tiles, 2), -1, dtype=torch.int32).cuda()
+
+    def path() -> tuple[torch.Tensor, ...]:
+        out, lse = torch.ops.nsa.selected_attention(q, k, v, nothing, *site, 10**6)
+        backward = torch.ops.nsa.selected_attention_backward
+        return out, *backward(out, None, q, k, v, out, lse, nothing, *site, 10**6)
+
+    once = path()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = path()
+    graph.replay()
+    everything = torch.arange(-(-case.kv_len // case.block), dtype=torch.int32).cuda()
+    everything = everything.expand(case.batch, case.kv_heads, tiles, -1)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    out, _ = reference.selected_attention(*exact, everything, *site)
+    expected = (out, *torch.autograd.grad(out, exact, once[0].double()))
+    for got, again, true in zip(once, captured, expected, strict=True):
+        assert torch.equal(got, again)
+        assert triton_cases.relative_error(got, true.cpu()) < 1e-2

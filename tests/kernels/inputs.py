@@ -66,6 +66,11 @@ class Site:
         """Scale, softcap, causal, offset, window."""
         return self.scale, self.softcap, self.causal, self.offset, self.window
 
+    @property
+    def attention(self) -> tuple[Any, ...]:
+        """What selected_attention takes behind block_indices, up to block."""
+        return *self.terms(), *self.logits, self.query_tile, self.block
+
     def but(self, **changes: Any) -> Site:
         return dataclasses.replace(self, **changes)
 

@@ -55,6 +55,25 @@ def test_whole_path_is_its_parts() -> None:
     torch.testing.assert_close(whole, parts)
 
 
+@pytest.mark.parametrize("dense_len", [0, 8192])
+def test_terms_and_modifiers_reach_attention(dense_len: int) -> None:
+    q, k, v = tensors()
+    segments = (torch.arange(T, dtype=torch.int32) // 70)[None]
+    positions = torch.arange(T)[None] * 2.0
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    ranges = torch.stack((torch.arange(T) - 40, torch.arange(T) + 1), dim=1)[None].int()
+    out = functional.nsa_attention(
+        q, k, v, config={"dense_len": dense_len}, ranges=ranges, query_segments=segments,
+        key_segments=segments, slopes=slopes, positions=positions, softcap=2.0, scale=0.2,
+    )  # fmt: skip
+    logits = 2 * torch.tanh(0.2 * q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 2)
+    logits = logits + slopes[:, None, None] * (positions[:, None] - positions[..., None])
+    apart = torch.arange(T)[:, None] - torch.arange(T)
+    hidden = (apart < 0) | (apart > 40) | (segments[0][:, None] != segments[0])
+    expected = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, expected)
+
+
 def test_gradients_reach_q_k_v() -> None:
     inputs = [x.requires_grad_() for x in tensors()]
     sizes = {"dense_len": 0, "select_block": 16, "query_tile": 16, "num_selected": 5, "window": 20}
@@ -162,6 +181,12 @@ WRONG = {
     ),
     "block_indices must be int32 or int64, got torch.float32": lambda: (
         functional.selected_attention(q, k, v, blocks.float(), block=16, query_tile=16)
+    ),
+    "ranges must be int32 [B or 1, Tq, 2] = [2, 200, 2], got torch.int64 [200, 2]": lambda: (
+        functional.nsa_attention(q, k, v, ranges=torch.zeros(200, 2).long())
+    ),
+    "softcap must be 0 (none) or more, got -1.0": lambda: functional.selected_attention(
+        q, k, v, blocks, block=16, query_tile=16, softcap=-1.0
     ),
     "unknown option 'windw'; did you mean 'window'?": lambda: functional.nsa_attention(
         q, k, v, config={"windw": 3}

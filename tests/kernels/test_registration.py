@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nsa_compile.kernels.library  # noqa: F401
 from nsa_compile.kernels.launchers import launchers
-from tests.kernels.inputs import Site
+from tests.kernels.inputs import TERMS, Site
 
 nsa = torch.ops.nsa
+PLAIN = (None,) * 6  # neither padding nor any further term
 
 
 def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[Any, ...]]:
@@ -27,7 +28,7 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
     budget = (site.num_selected, site.init_blocks, site.local_window, *sizes, dense_len)
     select = ("channels", *site.logits, *tiling, *budget)
     blocks = nsa.select_blocks(q, k, channels, *site.terms(), *select)
-    attention = (blocks, valid, *site.mask, *tiling, dense_len)
+    attention = (blocks, *site.attention, dense_len)
     out, lse = nsa.selected_attention(q, k, v, *attention)
     detached = [x.detach() for x in (q, k, v, out, lse)]
     return {
@@ -65,6 +66,15 @@ def test_opcheck(name: str, requires_grad: bool, padding: str, dense_len: int) -
     torch.library.opcheck(getattr(nsa, name.split(",")[0]), arguments)
 
 
+@pytest.mark.parametrize("dense_len", [0, 10**6])
+@pytest.mark.parametrize("terms", ["documents", "everything"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "attention" in name])
+def test_opcheck_of_modified_attention(name: str, terms: str, dense_len: int) -> None:
+    site = TERMS[terms].but(q_len=70, dim=16, value_dim=8)
+    arguments = calls(site, True, dense_len)[name]
+    torch.library.opcheck(getattr(nsa, name.split(",")[0]), arguments)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_meta_tensors(name: str) -> None:
     arguments = calls(Site(), False, 0)[name]
@@ -86,7 +96,7 @@ def test_one_compilation_serves_lengths_and_offsets(offset: int) -> None:
         mask = (0.3, True, offset, None)
         absent, logits = (None,) * 6, (0.3, 0.0, *mask[1:])
         blocks = nsa.select_blocks(q, k, channels, *absent, "channels", *logits, 16, 16, *budget)
-        return nsa.selected_attention(q, k, v, blocks, None, *mask, 16, 16, 64)[0]
+        return nsa.selected_attention(q, k, v, blocks, *absent, *logits, 16, 16, 64)[0]
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -114,8 +124,9 @@ def test_flops_count_what_is_read() -> None:
     q, k, v, channels, blocks = (x.to("meta") for x in (q, k, v, channels, blocks))
     mask = (0.1, True, 0, None, 64, 64)
     dense = 2 * 8 * 1024 * 1024 * 128
-    assert flops(lambda: nsa.selected_attention(q, k, v, blocks, None, *mask, 1024)) == dense
-    assert flops(lambda: nsa.selected_attention(q, k, v, blocks, None, *mask, 0)) == dense // 4
+    attend = (q, k, v, blocks, *PLAIN, 0.1, 0.0, *mask[1:])
+    assert flops(lambda: nsa.selected_attention(*attend, 1024)) == dense
+    assert flops(lambda: nsa.selected_attention(*attend, 0)) == dense // 4
     budget = (4, 1, 64, 32, 16)
     logits = (*(None,) * 6, "channels", 0.1, 0.0, *mask[1:], *budget)
     select = (q, k, channels, *logits)
@@ -130,7 +141,7 @@ def test_flops_of_the_backward_are_two_and_a_half_forwards() -> None:
     site = Site()
     inputs = site.tensors(torch.float32, requires_grad=True)
     blocks = site.random_blocks()
-    sizes = (site.valid(), *site.mask, site.query_tile, site.block, 0)
+    sizes = (*site.attention, 0)
 
     def forward() -> torch.Tensor:
         return nsa.selected_attention(*inputs, blocks, *sizes)[0]
@@ -144,3 +155,14 @@ def test_without_triton_the_cuda_path_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"\(attend\) are written in Triton, .* not installed"):
         launchers("attend")
+
+
+@pytest.mark.parametrize("dense_len", [0, 10**6])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_inputs_of_different_dtypes_are_named(device: str, dense_len: int) -> None:
+    site = Site(q_len=20)
+    q, k, v = (x.to(device) for x in site.tensors(torch.float32))
+    blocks = site.all_blocks().to(device)
+    expected = "q in torch.float32, k in torch.bfloat16, v in torch.float32"
+    with pytest.raises(ValueError, match=f"one floating dtype, got {expected}"):
+        nsa.selected_attention(q, k.bfloat16(), v, blocks, *site.attention, dense_len)

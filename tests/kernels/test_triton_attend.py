@@ -23,6 +23,34 @@ CASES = {
     "negative offset": Case(q_len=70, kv_len=40, offset=-5),
     "negative scale": Case(scale=-0.4),
 }
+_TERMS = Case(heads=3, q_len=70, kv_len=75, offset=5, query_tile=8, block=8, count=5)
+TERMS = {
+    "chunks": _TERMS._replace(ranges="chunks"),
+    "chunks of a batch, one head": Case(
+        heads=2, kv_heads=2, q_len=64, kv_len=64, batch=2, ranges="chunks", count=4
+    ),
+    "prefix, not causal": _TERMS._replace(ranges="prefix", causal=False, batch=2),
+    "random ranges, window, padding": _TERMS._replace(
+        ranges="random", window=20, padded=True, batch=2
+    ),
+    "documents": _TERMS._replace(segments="documents", batch=2),
+    "mixed segments": _TERMS._replace(segments="mixed", batch=2),
+    "documents, token granular": _TERMS._replace(segments="documents", query_tile=1, q_len=33),
+    "ALiBi": _TERMS._replace(slopes=True),
+    "ALiBi, positions, padding": _TERMS._replace(
+        slopes=True, positions=True, padded=True, batch=2, scale=-0.3
+    ),
+    "ALiBi, not causal, tile 16": _TERMS._replace(
+        slopes=True, causal=False, query_tile=16, offset=-9
+    ),
+    "softcap": _TERMS._replace(softcap=2.0),
+    "softcap, negative scale, window": _TERMS._replace(softcap=1.5, scale=-0.5, window=30),
+    "everything": _TERMS._replace(
+        softcap=2.0, slopes=True, positions=True, ranges="chunks", segments="documents",
+        padded=True, batch=2, window=25,
+    ),
+}  # fmt: skip
+CASES |= TERMS
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -30,12 +58,12 @@ def test_equals_reference(name: str, interpreted) -> None:
     interpreted(triton_cases.attend, CASES[name], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["group of two", "padding"])
+@pytest.mark.parametrize("name", ["group of two", "padding", "everything"])
 def test_half_precision(name: str, interpreted) -> None:
     interpreted(triton_cases.attend, CASES[name], torch.float16)
 
 
-@pytest.mark.parametrize("name", ["group of two", "padding", "token granular"])
+@pytest.mark.parametrize("name", ["group of two", "padding", "token granular", "everything"])
 def test_readers_of_a_block_in_several_pieces(name: str, interpreted) -> None:
     """A short piece length makes every popular block's list long."""
     interpreted(triton_cases.attend, CASES[name], torch.float32, PIECE_ROWS=32)

@@ -122,12 +122,14 @@ def random_blocks(case: Case, seed: int = 1) -> Tensor:
 def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any) -> None:
     """Forward and all gradients of attention over random blocks."""
     from nsa_compile.kernels.attend import reference, triton_backward, triton_kernel
+    from nsa_compile.kernels.attend.site import Site as AttentionSite
 
     *qkv, valid = inputs(case, dtype)
     blocks = random_blocks(case)
-    sizes = (*case.mask, case.query_tile, case.block)
+    tensors = case.terms(valid)
+    sizes = (*case.logits, case.query_tile, case.block)
     exact = [x.double().requires_grad_() for x in qkv]
-    out, lse = reference.selected_attention(*exact, blocks, valid, *sizes)
+    out, lse = reference.selected_attention(*exact, blocks, *tensors, *sizes)
     sees = ~lse.isinf()
     generator = torch.Generator().manual_seed(2)
     grad_out = torch.randn(out.shape, generator=generator).to(dtype)
@@ -138,7 +140,8 @@ def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any
     if valid is not None:  # what stands in padding must not matter, nor may it be read
         qkv[1:] = [x.masked_fill(~valid[:, None, :, None], torch.nan) for x in qkv[1:]]
     on_device = [x.to(device) for x in qkv]
-    rest = (blocks.to(device), None if valid is None else valid.to(device), *sizes)
+    site = AttentionSite(*(x if x is None else x.to(device) for x in tensors), *sizes)
+    rest = (blocks.to(device), site)
     upstream = (grad_out.to(device), grad_lse.to(device))
     with poisoned(), replaced(triton_backward, overrides):
         results = triton_kernel.forward(*on_device, *rest)
