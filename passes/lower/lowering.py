@@ -13,6 +13,7 @@ from torch import fx
 from nsa_compile.passes import dialect
 from nsa_compile.passes.emit import Caller
 from nsa_compile.passes.lower.calls import Unsupported, encoder_layer, multi_head, native_multi_head
+from nsa_compile.passes.lower.flex import flex
 from nsa_compile.passes.match import origin
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Decision
@@ -24,6 +25,7 @@ _CALLS: dict[Any, tuple[str, Callable[[fx.Node, Caller], dict[int, fx.Node]]]] =
     torch.nn.functional.multi_head_attention_forward: ("multi_head_attention_forward", multi_head),
     torch._transformer_encoder_layer_fwd: ("transformer_encoder_layer", encoder_layer),
     torch._native_multi_head_attention: ("native_multi_head_attention", native_multi_head),
+    torch.ops.higher_order.flex_attention: ("flex_attention", flex),
 }
 
 
@@ -75,7 +77,8 @@ class Lowering:
             self.refused.append(_site(call, spelling, refusal.refusal))
             return
         new = _between(before, call)
-        (attention,) = (n for n in new if n.target is _SDPA)
+        # Spelled out in full, the attention is the last node; else it is one call among others.
+        attention = next((n for n in new if n.target is _SDPA), new[-1])
         attention.meta["nsa_spelling"] = spelling
         self._forms.append(_Form(call, attention, new, results))
 
@@ -91,6 +94,9 @@ def lower(gm: fx.GraphModule) -> Lowering | None:
     graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in gm.graph.nodes:
         nodes[node] = graph.node_copy(node, nodes.__getitem__)
+        held = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(held, fx.GraphModule):
+            nodes[node].meta["nsa_body"] = held
     lowering = Lowering(graph, nodes)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _CALLS:

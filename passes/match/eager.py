@@ -14,6 +14,7 @@ from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.term import Term
 from nsa_compile.passes.masks.views import Element
 from nsa_compile.passes.match import weights as downwards
+from nsa_compile.passes.match.equal import same_value
 from nsa_compile.passes.match.escapes import escaping
 from nsa_compile.passes.match.facts import PRODUCTS, Facts
 from nsa_compile.passes.match.features import are_rows
@@ -172,7 +173,7 @@ def _check_keys(
 
 def _same(zeroed: Zeroed, term: Term) -> bool:
     kind = "hide" if zeroed.where else "keep"
-    return (term.node, term.kind, term.at) == (zeroed.node, kind, zeroed.at)
+    return (term.kind, term.at) == (kind, zeroed.at) and same_value(term.node, zeroed.node)
 
 
 def _reads(element: Element, key: Affine) -> bool:

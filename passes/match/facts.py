@@ -51,7 +51,9 @@ PRODUCTS = ("matmul", "baddbmm", "addmm", "einsum", "linear", "scaled_dot_produc
 def _live(graph: fx.Graph) -> set[fx.Node]:
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node in live or node.op == "output" or dialect.written(node):
+        # A call spelled out beside its original has no users yet.
+        spelled_out = "nsa_spelling" in node.meta
+        if node in live or spelled_out or node.op == "output" or dialect.written(node):
             live.add(node)
             live.update(node.all_input_nodes)
     return live

@@ -128,7 +128,8 @@ def _linear(node: fx.Node, op: Op) -> Product | None:
 
 
 def _einsum(node: fx.Node, op: Op) -> Product | None:
-    operands, equation = op["operands"] or (), op["equation"]
+    operands: tuple[Any, ...] = op["operands"] or ()
+    equation = op["equation"]
     if not isinstance(equation, str) or len(operands) != 2:
         return None
     ranks = _ranks(*operands, node)
