@@ -10,8 +10,10 @@ from torch import fx
 
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.decide import decide
+from nsa_compile.passes.inline import Inlined, inline
 from nsa_compile.passes.lower import lower
 from nsa_compile.passes.match import find_sites
+from nsa_compile.passes.outline import Outliner, agreed, outermost
 from nsa_compile.passes.rewrite import Rewriter
 from nsa_compile.passes.site import Decision, Mask
 
@@ -26,11 +28,14 @@ class Conversion:
             while they keep them.
         lowered: a copy of the graph, on whose nodes the decisions stand, where attention calls
             that hide inside one node are spelled out; None when there are none.
+        inlined: a copy of the graph without higher-order operators, on whose nodes the decisions
+            stand in place of the graph's own; None when there are none.
     """
 
     decisions: tuple[Decision, ...]
     guarded: tuple[fx.Node, ...]
     lowered: fx.Graph | None = None
+    inlined: Inlined | None = None
 
     @property
     def converts(self) -> bool:
@@ -47,27 +52,38 @@ def analyse(
         config: the user's options.
         values: real tensors of placeholders whose value may be read (buffers, constants).
     """
+    known = dict(values or {})
     lowering = lower(gm)
-    if lowering is None:
-        sites = find_sites(gm, values=values or {})
-    else:
-        copied = {lowering.nodes[node]: tensor for node, tensor in (values or {}).items()}
-        sites = find_sites(fx.GraphModule(gm, lowering.graph), values=copied) + lowering.refused
+    if lowering is not None:
+        known = {lowering.nodes[node]: tensor for node, tensor in known.items()}
+        gm = fx.GraphModule(gm, lowering.graph)
+    inlined = inline(gm)
+    if inlined is not None:
+        copies = inlined.copies()
+        known = {copies[node]: tensor for node, tensor in known.items()}
+        gm = inlined.module
+    sites = find_sites(gm, values=known) + (lowering.refused if lowering is not None else [])
     decisions = tuple(decide(site, config) for site in sites)
+    if inlined is not None:
+        decisions = agreed(decisions, inlined)
     masks = [d.site.mask for d in decisions if d.converted]
     buffers = dict.fromkeys(n for mask in masks if isinstance(mask, Mask) for n in mask.buffers)
+    guarded = tuple(buffers) if inlined is None else tuple(inlined.origin[n][1] for n in buffers)
     if lowering is None:
-        return Conversion(decisions, tuple(buffers))
-    lowering.settle(decisions)
+        return Conversion(decisions, guarded, inlined=inlined)
+    lowering.settle(decisions if inlined is None else outermost(decisions, inlined))
     originals = {copy: node for node, copy in lowering.nodes.items()}
-    return Conversion(decisions, tuple(originals[n] for n in buffers), lowering.graph)
+    return Conversion(decisions, tuple(originals[n] for n in guarded), lowering.graph, inlined)
 
 
 def rewrite(gm: fx.GraphModule, conversion: Conversion) -> None:
     """Rewrite the converted sites of ``gm``, which ``conversion`` was made from, in place."""
     if conversion.lowered is not None:
         gm.graph = conversion.lowered
-    Rewriter(gm).apply(conversion.decisions)
+    if conversion.inlined is not None:
+        Outliner(gm, conversion.inlined).apply(conversion.decisions)
+    else:
+        Rewriter(gm).apply(conversion.decisions)
 
 
 def convert(

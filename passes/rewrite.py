@@ -184,5 +184,6 @@ def _is_pure(node: fx.Node) -> bool:
         return False
     name = getattr(node.target, "__name__", "")
     module = getattr(node.target, "__module__", "")
-    in_place = name.endswith("_") or (module == "_operator" and name in _IN_PLACE_OPERATORS)
-    return not in_place
+    if module == "_operator":  # and_, or_ and not_ write nothing
+        return name not in _IN_PLACE_OPERATORS
+    return not name.endswith("_")
