@@ -182,12 +182,6 @@ WRONG = {
     "block_indices must be int32 or int64, got torch.float32": lambda: (
         functional.selected_attention(q, k, v, blocks.float(), block=16, query_tile=16)
     ),
-    "ranges must be int32 [B or 1, Tq, 2] = [2, 200, 2], got torch.int64 [200, 2]": lambda: (
-        functional.nsa_attention(q, k, v, ranges=torch.zeros(200, 2).long())
-    ),
-    "softcap must be 0 (none) or more, got -1.0": lambda: functional.selected_attention(
-        q, k, v, blocks, block=16, query_tile=16, softcap=-1.0
-    ),
     "unknown option 'windw'; did you mean 'window'?": lambda: functional.nsa_attention(
         q, k, v, config={"windw": 3}
     ),
