@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
+from nsa_compile.passes.masks import blame
 from nsa_compile.passes.masks.affine import Affine, Load, Var, affine, content
 from nsa_compile.passes.masks.conditions import TRUE, Condition
 from nsa_compile.passes.masks.implication import excludes
@@ -83,7 +84,8 @@ def resolve(
     if part is None:
         return None
     if part.load is None:
-        return _refusal(first.load, "it is no slope of each head times a position")
+        made = blame.of_activations(first.load)
+        return made or _refusal(first.load, "it is no slope of each head times a position")
     if torch.finfo(part.dtype).eps > torch.finfo(dtype).eps:
         return _refusal(part.load, f"it is rounded to {part.dtype}")
     return _alibi(part, factor, heads, lifter)

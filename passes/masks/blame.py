@@ -8,10 +8,11 @@ from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Load, affine
 from nsa_compile.passes.reasons import Reason, Refusal
 
-# Operators that mix activations and weights: what they compute is no mask by position.
+# Operators that mix activations and weights: what they compute is no mask by position. Not so an
+# embedding, which may be one of distances.
 _OF_ACTIVATIONS = {
     "linear", "matmul", "bmm", "mm", "einsum", "baddbmm", "addmm", "addbmm", "softmax", "topk",
-    "scaled_dot_product_attention", "embedding", "layer_norm", "rms_norm", "conv1d", "conv2d",
+    "scaled_dot_product_attention", "layer_norm", "rms_norm", "conv1d", "conv2d",
 }  # fmt: skip
 
 
@@ -23,11 +24,17 @@ def refusal(load: Load, otherwise: str) -> Refusal:
         floating = dialect.value(load.node).dtype.is_floating_point
         if {"i", "j"} <= positions or (floating and "j" in positions):
             return Refusal(Reason.MASK_FROM_OUTSIDE, f"node {node}")
+    what = f"node {node}: {load.why or otherwise}"
+    return of_activations(load) or Refusal(Reason.MASK_NOT_UNDERSTOOD, what)
+
+
+def of_activations(load: Load) -> Refusal | None:
+    """The refusal of what is computed from activations, None for anything else."""
     maker = _maker(load.node)
-    if maker is not None:
-        detail = f"node {node} depends on {dialect.describe(maker)}"
-        return Refusal(Reason.DATA_DEPENDENT_MASK, detail)
-    return Refusal(Reason.MASK_NOT_UNDERSTOOD, f"node {node}: {load.why or otherwise}")
+    if maker is None:
+        return None
+    detail = f"node {dialect.describe(load.node)} depends on {dialect.describe(maker)}"
+    return Refusal(Reason.DATA_DEPENDENT_MASK, detail)
 
 
 def _maker(node: fx.Node) -> fx.Node | None:
