@@ -81,35 +81,23 @@ class Rewriter:
             sizes = (config.compress_block, config.compress_stride)
             summary = call(ops.compress.default, k, valid, *sizes, _SPARE_ROWS)
         alibi = _alibi(site, call)
-
-        # Transition: until every operator takes the new arguments (then: *visible, *alibi and
-        # scale, softcap, causal, offset, window for all).
-        def new(op):
-            return any(a.name == "softcap" for a in op.default._schema.arguments)
-
-        def before(op):
-            return (*visible, *alibi) if new(op) else (valid,)
-
-        def logits(op):
-            cap = (site.modifiers.softcap,) if new(op) else ()
-            return (site.scale, *cap, causal, mask.offset, mask.window)
-
+        logits = (site.scale, site.modifiers.softcap, causal, mask.offset, mask.window)
         blocks = call(
             ops.select_blocks.default,
-            q, k, summary, *before(ops.select_blocks), config.scorer, *logits(ops.select_blocks),
+            q, k, summary, *visible, *alibi, config.scorer, *logits,
             config.query_tile, config.select_block, config.proposed_blocks(), config.init_blocks,
             config.window, config.compress_block, config.compress_stride, config.dense_len,
         )  # fmt: skip
         if config.proposed_blocks() > (config.num_selected or 0):
             blocks = call(
                 ops.refine_blocks.default,
-                q, k, blocks, *before(ops.refine_blocks), *logits(ops.refine_blocks),
+                q, k, blocks, *visible, *alibi, *logits,
                 config.query_tile, config.select_block, config.num_selected, config.init_blocks,
                 config.window, config.dense_len,
             )  # fmt: skip
         attention = call(
             ops.selected_attention.default,
-            q, k, v, blocks, *before(ops.selected_attention), *logits(ops.selected_attention),
+            q, k, v, blocks, *visible, *alibi, *logits,
             config.query_tile, config.select_block, config.dense_len,
         )  # fmt: skip
         return _result(site, attention, call)

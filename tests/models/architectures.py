@@ -62,10 +62,10 @@ class TrilGPT(nn.Module):
         return self.head(x)
 
 
-def _hf(name: str, **sizes: object) -> nn.Module:
+def _hf(name: str, attention: str = "sdpa", **sizes: object) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{name}Config")(**sizes)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
@@ -78,6 +78,17 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "qwen3": lambda: _hf("Qwen3", **_SIZES, head_dim=32),
     # A window past the budget of equality.FULL_BUDGET, or the layers would be local already.
     "mistral": lambda: _hf("Mistral", **_SIZES, sliding_window=520),
+    # Written out, with a cap that the small logits of fresh weights reach.
+    "gemma2": lambda: _hf(
+        "Gemma2", "eager", **_SIZES, head_dim=16, sliding_window=520, attn_logit_softcapping=0.3
+    ),
+    "gpt_oss": lambda: _hf(
+        "GptOss", "eager", **_SIZES, head_dim=16, sliding_window=520, num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
+    "bloom": lambda: _hf(
+        "Bloom", "eager", vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4
+    ),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ FULL_BUDGET = {
     "dense_len": 0, "window": 16, "select_block": 16, "query_tile": 16, "num_selected": 32,
     "inner": "aot_eager",
 }  # fmt: skip
-PADDED = ("llama", "gpt2", "qwen3", "mistral")
+PADDED = ("llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_oss", "bloom")
 
 
 def token_ids(length: int, batch: int = 2) -> torch.Tensor:
