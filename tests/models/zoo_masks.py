@@ -20,7 +20,9 @@ from tests.models.zoo import (
     keep_left,
     specimen,
 )
-from tests.models.zoo_spellings import NOT_YET, SCALE
+from tests.models.zoo_spellings import SCALE
+
+ARITHMETIC = "padding that arrives as integers and is computed with"
 
 
 class Biased(Attention):
@@ -58,7 +60,7 @@ class Documents(Allowed):
         return hidden(length), documents(length)
 
 
-@specimen("padding", pending=NOT_YET)
+@specimen("padding", pending=ARITHMETIC)
 class ExtendedMask(Biased):
     """The encoder's (1 - mask) * -10000."""
 
@@ -68,7 +70,7 @@ class ExtendedMask(Biased):
         return (1.0 - keep[:, None, None, :].to(q.dtype)) * -10000.0
 
 
-@specimen("padding", pending=NOT_YET)
+@specimen("padding", pending=ARITHMETIC)
 class ExtendedMaskFinfo(Biased):
     inputs = staticmethod(Padded.inputs)
 
@@ -77,7 +79,7 @@ class ExtendedMaskFinfo(Biased):
         return inverted.masked_fill(inverted.to(torch.bool), torch.finfo(q.dtype).min)
 
 
-@specimen("causal & padding", pending=NOT_YET)
+@specimen("causal & padding", pending=ARITHMETIC)
 class TwoBiases(Biased):
     """A causal and a padding term, added one after the other."""
 
@@ -89,7 +91,7 @@ class TwoBiases(Biased):
         return causal + (1.0 - keep[:, None, None, :].to(q.dtype)) * -1e9
 
 
-@specimen(KEPT, pending=NOT_YET)
+@specimen(KEPT)
 class MildPenalty(Biased):
     """-5 discourages a key and does not hide it: no mask."""
 
@@ -117,31 +119,31 @@ class WindowFromTriu(Allowed):
         return full.tril() & full.triu(-19)
 
 
-@specimen("causal & chunk(16)", pending="chunks are not proven yet")
+@specimen("causal & chunk(16)")
 class Chunked(Allowed):
     def allowed(self, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i // 16 == j // 16)
 
 
-@specimen("causal & prefix(12)", pending="prefixes are not proven yet")
+@specimen("causal & prefix(12)")
 class PrefixLM(Allowed):
     def allowed(self, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) | (j < 12)
 
 
-@specimen("causal & document", pending="documents are not proven yet")
+@specimen("causal & document")
 class PackedDocuments(Documents):
     def allowed(self, i: Tensor, j: Tensor, ids: Tensor) -> Tensor:
         return (j <= i) & (ids[:, None, :, None] == ids[:, None, None, :])
 
 
-@specimen("document", pending="documents are not proven yet")
+@specimen("document")
 class PackedEncoder(Documents):
     def allowed(self, i: Tensor, j: Tensor, ids: Tensor) -> Tensor:
         return (ids[:, :, None] == ids[:, None, :])[:, None]
 
 
-@specimen("causal & document", pending="documents are not proven yet")
+@specimen("causal & document")
 class DocumentsFromStarts(Documents):
     """Documents numbered by a cumulative sum over their first tokens."""
 
@@ -280,7 +282,7 @@ class CrossAttention(Cross):
         return F.scaled_dot_product_attention(q, k, v)
 
 
-@specimen("padding", pending=NOT_YET)
+@specimen("padding")
 class CrossPadded(Cross):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         att = (q @ k.mT * SCALE).masked_fill(keep[:, None, None] == 0, -torch.inf)
@@ -291,7 +293,7 @@ class CrossPadded(Cross):
         return hidden(length), hidden(length + 23), keep_left(length + 23)
 
 
-@specimen("causal(offset=23)", pending=NOT_YET, dynamic=False)
+@specimen("causal(offset=23)", dynamic=False)
 class CachedPrefill(Cross):
     """The queries are the last positions of a longer sequence."""
 
@@ -312,7 +314,7 @@ class DecodeStep(Cross):
         return hidden(1), hidden(length)
 
 
-@specimen("decode_step", pending=NOT_YET, gradients=False, dynamic=False)
+@specimen("decode_step", gradients=False, dynamic=False)
 class DecodeStepWrittenOut(DecodeStep):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT * SCALE).softmax(-1) @ v

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.models.zoo import DENSE, HEADS, KEPT, UNDECIDED, WIDTH, Attention, specimen
-from tests.models.zoo_spellings import NOT_YET, SCALE
+from tests.models.zoo_spellings import SCALE
 
 
 class Modified(Attention):
@@ -24,7 +24,7 @@ class Modified(Attention):
         return self.causal(self.scores(q, k)).softmax(-1) @ v
 
 
-@specimen("causal + softcap(5.0)", pending=NOT_YET)
+@specimen("causal + softcap(5.0)")
 class Softcap(Modified):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.tanh(super().scores(q, k) / 5.0) * 5.0
@@ -39,9 +39,9 @@ class CapAfterMask(Modified):
         return (torch.tanh(scores / 5.0) * 5.0).softmax(-1) @ v
 
 
-@specimen(*DENSE, pending="taken for a softcap")
+@specimen("causal + softcap(3.0)")
 class UnequalCap(Modified):
-    """Divided by 5, multiplied by 3: a cap of another slope."""
+    """Divided by 5, multiplied by 3: a cap of 3, of scores 3/5 as large."""
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.tanh(super().scores(q, k) / 5.0) * 3.0
@@ -51,7 +51,7 @@ def alibi_slopes() -> Tensor:
     return 2.0 ** -(8.0 / HEADS * torch.arange(1, HEADS + 1))
 
 
-@specimen("causal + alibi", pending=NOT_YET)
+@specimen("causal + alibi")
 class AlibiFromKeys(Modified):
     """slope * key index: the query's part cancels in the softmax."""
 
@@ -64,7 +64,7 @@ class AlibiFromKeys(Modified):
         return super().scores(q, k) + self.slopes * j.view(1, 1, 1, -1)
 
 
-@specimen("causal + alibi", pending=NOT_YET)
+@specimen("causal + alibi")
 class AlibiFromDistances(AlibiFromKeys):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         i = torch.arange(k.shape[-2], device=q.device)
@@ -84,7 +84,7 @@ class AlibiOfAbsoluteDistance(AlibiFromKeys):
         return scores
 
 
-@specimen("causal + sinks", pending=NOT_YET)
+@specimen("causal + sinks")
 class Sinks(Modified):
     """One more logit a head, dropped after the softmax."""
 
@@ -121,7 +121,7 @@ class SinkSliceOffByOne(Sinks):
         return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., 1:] @ v
 
 
-@specimen(KEPT, pending=NOT_YET)
+@specimen(KEPT)
 class RelativeBias(Modified):
     """A learned bias for each bucket of distances, as T5 has it."""
 
@@ -159,7 +159,7 @@ class HeadTemperature(Modified):
         return super().scores(q, k) * self.temperature.exp()
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class Cosine(Modified):
     """Normalised q and k, and a constant logit scale."""
 
@@ -175,7 +175,7 @@ class NegativeScale(Modified):
         return -super().scores(q, k)
 
 
-@specimen(KEPT, pending=NOT_YET)
+@specimen(KEPT)
 class TalkingHeads(Modified):
     """Heads are mixed before the softmax."""
 
@@ -187,7 +187,7 @@ class TalkingHeads(Modified):
         return torch.einsum("b h i j, h g -> b g i j", super().scores(q, k), self.mix)
 
 
-@specimen(KEPT, pending=NOT_YET)
+@specimen(KEPT)
 class MixedAfterSoftmax(Modified):
     def __init__(self) -> None:
         super().__init__()
@@ -207,14 +207,14 @@ class DropoutInTraining(Attention):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-@specimen(KEPT, training=True, gradients=False, pending=NOT_YET)
+@specimen(KEPT, training=True, gradients=False)
 class DropoutWrittenOut(Modified):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = F.dropout(self.causal(self.scores(q, k)).softmax(-1), 0.1, self.training)
         return weights @ v
 
 
-@specimen(KEPT, pending=NOT_YET)
+@specimen(KEPT)
 class WeightsEscape(Modified):
     """The attention map is returned as well."""
 
@@ -229,7 +229,7 @@ class WeightsEscape(Modified):
         return weights @ v
 
 
-@specimen(KEPT, pending=NOT_YET)
+@specimen(KEPT)
 class ScoresEscape(WeightsEscape):
     """The scores feed the next layer's scores, as in residual attention."""
 
@@ -239,7 +239,7 @@ class ScoresEscape(WeightsEscape):
         return self.causal(scores).softmax(-1) @ v
 
 
-@specimen("causal", "causal", pending=NOT_YET)
+@specimen("causal", "causal")
 class Differential(nn.Module):
     """Two softmaxes, subtracted."""
 

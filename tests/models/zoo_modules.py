@@ -10,10 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.models.zoo import HEADS, KEPT, WIDTH, Attention, hidden, keep_left, specimen
 from tests.models.zoo_modifiers import alibi_slopes
-from tests.models.zoo_spellings import NOT_YET, TrilBuffer
-
-MODULES = "PyTorch's own attention modules are not matched yet"
-FLEX = "flex_attention is not matched yet"
+from tests.models.zoo_spellings import TrilBuffer
 
 
 class Multihead(nn.Module):
@@ -22,21 +19,21 @@ class Multihead(nn.Module):
         self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
 
 
-@specimen("causal", pending=MODULES)
+@specimen("causal")
 class MultiheadBool(Multihead):
     def forward(self, x: Tensor) -> Tensor:
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
 
 
-@specimen("causal", pending=MODULES)
+@specimen("causal")
 class MultiheadFloat(Multihead):
     def forward(self, x: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         return self.attention(x, x, x, attn_mask=mask, need_weights=False, is_causal=True)[0]
 
 
-@specimen("padding", pending=MODULES)
+@specimen("padding")
 class MultiheadPadding(Multihead):
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         return self.attention(x, x, x, key_padding_mask=keep == 0, need_weights=False)[0]
@@ -46,7 +43,7 @@ class MultiheadPadding(Multihead):
         return hidden(length), keep_left(length)
 
 
-@specimen("full", pending=MODULES)
+@specimen("full")
 class MultiheadCross(Multihead):
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         return self.attention(x, memory, memory, need_weights=False)[0]
@@ -56,14 +53,14 @@ class MultiheadCross(Multihead):
         return hidden(length), hidden(length + 23)
 
 
-@specimen(KEPT, pending=MODULES)
+@specimen(KEPT)
 class MultiheadWeights(Multihead):
     def forward(self, x: Tensor) -> Tensor:
         y, weights = self.attention(x, x, x, need_weights=True)
         return torch.cat([y, weights], dim=-1)
 
 
-@specimen(KEPT, pending=MODULES)
+@specimen(KEPT)
 class MultiheadBiasKv(nn.Module):
     """Extra key and value positions: not the keys that masks speak of."""
 
@@ -77,7 +74,7 @@ class MultiheadBiasKv(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
-@specimen("causal", pending=MODULES)
+@specimen("causal")
 class MultiheadForward(Multihead):
     """The functional form, time first."""
 
@@ -103,24 +100,24 @@ class Encoder(nn.Module):
         return self.layer(x)
 
 
-@specimen("full", training=True, pending=MODULES)
+@specimen("full", training=True)
 class EncoderTraining(Encoder):
     pass
 
 
-@specimen("full", gradients=False, pending=MODULES)
+@specimen("full", gradients=False)
 class EncoderFused(Encoder):
     """In eval mode without gradients the layer is one operator."""
 
 
-@specimen("causal", pending=MODULES)
+@specimen("causal")
 class EncoderCausal(Encoder):
     def forward(self, x: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         return self.layer(x, src_mask=mask, is_causal=True)
 
 
-@specimen("causal", "full", pending=MODULES)
+@specimen("causal", "full")
 class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +134,7 @@ class Decoder(nn.Module):
         return hidden(length), hidden(length + 23)
 
 
-@specimen("causal", pending=FLEX, gradients=False, dynamic=False)
+@specimen("causal", gradients=False, dynamic=False)
 class FlexCausal(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def causal(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -146,7 +143,7 @@ class FlexCausal(Attention):
         return flex_attention(q, k, v, score_mod=causal)
 
 
-@specimen("causal & window(20)", pending=FLEX, gradients=False, dynamic=False)
+@specimen("causal & window(20)", gradients=False, dynamic=False)
 class FlexBlockMask(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -157,7 +154,7 @@ class FlexBlockMask(Attention):
         return flex_attention(q, k, v, block_mask=mask)
 
 
-@specimen("full + softcap(5.0)", pending=FLEX, gradients=False, dynamic=False)
+@specimen("full + softcap(5.0)", gradients=False, dynamic=False)
 class FlexSoftcap(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -166,7 +163,7 @@ class FlexSoftcap(Attention):
         return flex_attention(q, k, v, score_mod=cap)
 
 
-@specimen("causal + alibi", pending=FLEX, gradients=False, dynamic=False)
+@specimen("causal + alibi", gradients=False, dynamic=False)
 class FlexAlibi(Attention):
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +178,7 @@ class FlexAlibi(Attention):
         return flex_attention(q, k, v, score_mod=alibi)
 
 
-@specimen("causal", training=True, pending="checkpointed bodies are not searched yet")
+@specimen("causal", training=True)
 class Checkpointed(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(super().forward, x, use_reentrant=False)
@@ -190,7 +187,7 @@ class Checkpointed(Attention):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@specimen("causal & padding", training=True, pending="checkpointed bodies are not searched yet")
+@specimen("causal & padding", training=True)
 class CheckpointedMask(Attention):
     """The mask is built outside and is an operand of the checkpointed body."""
 
@@ -207,7 +204,7 @@ class CheckpointedMask(Attention):
         return hidden(length), keep_left(length)
 
 
-@specimen("causal", training=True, pending=NOT_YET)
+@specimen("causal", training=True)
 class CheckpointedWrittenOut(TrilBuffer):
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(super().forward, x, use_reentrant=False)

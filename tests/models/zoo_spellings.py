@@ -12,7 +12,6 @@ from torch import Tensor, einsum, nn
 from tests.models.zoo import HEAD_DIM, HEADS, WIDTH, Attention, hidden, keep_left, specimen
 
 SCALE = 1 / math.sqrt(HEAD_DIM)
-NOT_YET = "attention written out is not matched yet"
 
 
 @specimen("causal")
@@ -21,7 +20,7 @@ class SdpaCausal(Attention):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class TrilBuffer(Attention):
     """As in small GPTs: product, scale, -inf where the buffer is zero."""
 
@@ -32,7 +31,7 @@ class TrilBuffer(Attention):
         return F.softmax(att, dim=-1) @ v
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class DropoutModules(Attention):
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +45,7 @@ class DropoutModules(Attention):
         return self.resid(torch.matmul(att, v))
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class EinsumTriu(Attention):
     """einsum with letters, mask from ones().triu, filled with -finfo.max."""
 
@@ -58,7 +57,7 @@ class EinsumTriu(Attention):
         return einsum("b h i j, b h j d -> b h i d", dots.softmax(dim=-1), v)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class EinopsChunk(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +73,7 @@ class EinopsChunk(nn.Module):
         return self.out(rearrange(y, "b h n d -> b n (h d)"))
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class TimeFirstBmm(nn.Module):
     """Time first, heads folded into the batch, bmm, an additive mask of -inf."""
 
@@ -96,7 +95,7 @@ class TimeFirstBmm(nn.Module):
         return self.out(y).transpose(0, 1)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class WhereOnSlicedBias(Attention):
     """float32 product, where on a sliced bool buffer, then divide."""
 
@@ -109,7 +108,7 @@ class WhereOnSlicedBias(Attention):
         return torch.matmul(nn.Softmax(dim=-1)(w).to(v.dtype), v)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class MultiplyThenSubtract(Attention):
     """The first GPTs: w * b - 1e4 * (1 - b)."""
 
@@ -121,7 +120,7 @@ class MultiplyThenSubtract(Attention):
         return torch.matmul(nn.Softmax(dim=-1)(w), v)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class ScaledBoth(Attention):
     """q and k each scaled by D ** -0.25."""
 
@@ -133,7 +132,7 @@ class ScaledBoth(Attention):
         return att.softmax(-1) @ v
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class MaskBeforeDivision(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         t = q.shape[-2]
@@ -142,7 +141,7 @@ class MaskBeforeDivision(Attention):
         return torch.softmax(att / math.sqrt(HEAD_DIM), dim=-1) @ v
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class InPlace(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         t = q.shape[-2]
@@ -152,7 +151,7 @@ class InPlace(Attention):
         return torch.softmax(att, dim=-1) @ v
 
 
-@specimen("causal & padding", pending=NOT_YET)
+@specimen("causal & padding")
 class MaskedAgainAfterSoftmax(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         t = q.shape[-2]
@@ -165,7 +164,7 @@ class MaskedAgainAfterSoftmax(Attention):
         return hidden(length), keep_left(length)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class TypeAs(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         t = q.shape[-2]
@@ -175,7 +174,7 @@ class TypeAs(Attention):
         return torch.matmul(F.softmax((scores + mask).float(), dim=-1).type_as(q), v)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class Baddbmm(Attention):
     """beta * mask + alpha * q k, heads in the batch."""
 
@@ -187,7 +186,7 @@ class Baddbmm(Attention):
         return torch.bmm(att.softmax(-1), v).view(b, h, t, d)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class BaddbmmOfEmpty(Attention):
     """beta=0: the first operand is uninitialised memory."""
 
@@ -200,7 +199,7 @@ class BaddbmmOfEmpty(Attention):
         return att.softmax(-1) @ v
 
 
-@specimen(*["causal"] * HEADS, pending=NOT_YET)
+@specimen(*["causal"] * HEADS)
 class HeadLoop(Attention):
     """One 3-D attention a head."""
 
@@ -230,7 +229,7 @@ class UnbindSdpa(Packed):
         return self.out(y.transpose(1, 2).reshape(b, t, c))
 
 
-@specimen("full", pending=NOT_YET)
+@specimen("full")
 class UnbindEncoder(Packed):
     """The vision transformer's block: scale on q, no mask."""
 
@@ -242,7 +241,7 @@ class UnbindEncoder(Packed):
         return self.out((att.softmax(dim=-1) @ v).transpose(1, 2).reshape(b, n, c))
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class HeadsLast(Packed):
     """einsum over [B, T, H, D] without a transpose."""
 
@@ -270,14 +269,14 @@ class GroupedSdpa(Grouped):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class RepeatInterleave(Grouped):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = HEADS // self.kv_heads
         return self.causal(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class ExpandReshape(Grouped):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         b, h, t, d = k.shape
@@ -296,27 +295,27 @@ class TiledRepeatSdpa(Grouped):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class TiledRepeat(Grouped):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.causal(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class EinopsRepeat(Grouped):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (repeat(y, "b h n d -> b (h g) n d", g=2) for y in (k, v))
         return self.causal(q, k, v)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class EinopsTiled(Grouped):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (repeat(y, "b h n d -> b (g h) n d", g=2) for y in (k, v))
         return self.causal(q, k, v)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class MixedRepeat(Grouped):
     """k interleaved, v tiled: no grouped attention has this order."""
 
@@ -324,7 +323,7 @@ class MixedRepeat(Grouped):
         return self.causal(q, k.repeat_interleave(2, 1), v.repeat(1, 2, 1, 1))
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class OneHeadBroadcast(Attention):
     """Multi-query: one key head, broadcast by matmul."""
 
@@ -337,7 +336,7 @@ class OneHeadBroadcast(Attention):
         return torch.matmul(att.softmax(-1), v)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class OneHeadEinsum(Attention):
     kv_heads = 1
 
@@ -350,7 +349,7 @@ class OneHeadEinsum(Attention):
         return einsum("b h i j, b j d -> b h i d", att, v)
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class GroupedEinsum(Grouped):
     """Five axes: the query's heads split into groups."""
 
@@ -363,7 +362,7 @@ class GroupedEinsum(Grouped):
         return rearrange(y, "b h g n d -> b (h g) n d")
 
 
-@specimen("causal", pending=NOT_YET)
+@specimen("causal")
 class WideValues(Attention):
     """Dv is twice D."""
 

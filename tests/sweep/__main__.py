@@ -28,11 +28,13 @@ from nsa_compile.passes import decide
 from tests.sweep.table import show
 from tests.sweep.trial import Case, Row, rows
 
-# (padding, cache)
+# (padding, cache) for each implementation
+_SOME = (("none", False), ("none", True), ("left", False), ("right", True))
+_ALL = tuple((padding, cache) for padding in ("none", "left", "right") for cache in (False, True))
 _INPUTS = {
-    "few": (("none", False), ("left", True)),
-    "some": (("none", False), ("none", True), ("left", False), ("right", True)),
-    "all": tuple((padding, cache) for padding in ("none", "left", "right") for cache in (0, 1)),
+    "few": {"sdpa": (("none", False),), "eager": (("left", True),)},
+    "some": {"sdpa": _SOME, "eager": _SOME},
+    "all": {"sdpa": _ALL, "eager": _ALL},
 }
 
 
@@ -97,15 +99,13 @@ def _architectures(task: str) -> list[str]:
 
 
 def _cases(options: argparse.Namespace, task: str) -> list[Case]:
-    inputs = _INPUTS[options.inputs]
-    if task == "masked":
-        inputs = tuple((padding, False) for padding in ("none", "left", "right"))
-    return [
-        Case(implementation, padding, bool(cache), options.dynamic)
-        for implementation in ("sdpa", "eager")
+    cases = [
+        Case(implementation, padding, cache and task == "causal", options.dynamic)
+        for implementation, inputs in _INPUTS[options.inputs].items()
         if options.implementation in (None, implementation)
         for padding, cache in inputs
     ]
+    return list(dict.fromkeys(cases))
 
 
 def _sweep(
