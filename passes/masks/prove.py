@@ -18,6 +18,7 @@ from nsa_compile.passes.masks.conditions import CONDITIONS, FALSE, TRUE, Conditi
 from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.logic import all_of, negation
 from nsa_compile.passes.masks.normal_form import classify
+from nsa_compile.passes.masks.rules import CASTS
 from nsa_compile.passes.masks.sizes import Size
 from nsa_compile.passes.masks.term import Term, of_mask
 from nsa_compile.passes.masks.usable import every_row_sees_a_key, overwritten
@@ -149,6 +150,7 @@ class Prover:
         bias = self._bias(kept[1:], terms, keep, geometry, dtype)
         if isinstance(bias, Refusal):
             return Proof(bias)
+        found = replace(found, binary=tuple(sorted(n for each in kept for n in each.binary)))
         return Proof(self._unusable(found, bias, penalty, geometry, mask, reader) or found, bias)
 
     def _bias(
@@ -260,13 +262,15 @@ class Prover:
 class _Kept:
     """Where a term lets a key through; ``penalty`` is the finite number that it adds elsewhere.
 
-    ``ones`` says where a factor leaves the logit as it is; ``biases`` what else it adds, and where.
+    ``ones`` says where a factor leaves the logit as it is; ``biases`` what else it adds, and where;
+    ``binary`` which tensors are taken to hold 0 and 1 only.
     """
 
     condition: Condition
     penalty: float | None = None
     ones: Condition = TRUE
     biases: tuple[Case, ...] = ()
+    binary: frozenset[fx.Node] = frozenset()
 
 
 def _kept(value: Value, term: Term) -> _Kept | Refusal:
@@ -277,8 +281,10 @@ def _kept(value: Value, term: Term) -> _Kept | Refusal:
         return _Kept(value)
     if isinstance(value, Choice):
         return _kept_choice(value, term)
-    if isinstance(value, (Unknown, Weighted)):
+    if isinstance(value, Unknown):
         return _unknown(value, term.node)
+    if isinstance(value, Weighted):
+        return _kept_weighted(value, term)
     if isinstance(value, Affine):
         return _kept_integer(value, term)
     return _kept_constant(value, term)
@@ -299,16 +305,45 @@ def _kept_choice(value: Choice, term: Term) -> _Kept | Refusal:
         return otherwise
     decided = choose(value.condition, then.condition, otherwise.condition)
     assert isinstance(decided, CONDITIONS)
-    return _Kept(decided, otherwise.penalty if then.penalty is None else then.penalty)
+    penalty = otherwise.penalty if then.penalty is None else then.penalty
+    return _Kept(decided, penalty, binary=then.binary | otherwise.binary)
 
 
 def _kept_integer(value: Affine, term: Term) -> _Kept | Refusal:
     if value.constant is not None:
         return _kept_constant(value.constant, term)
     ((atom, step), *more) = value.terms.items()
-    if more or not isinstance(atom, Load) or (atom.low, atom.high) != (0, 1):
+    if more or not isinstance(atom, Load):
         return _refusal(term.node, f"it adds {value!r} to the scores")
-    return _kept(choose(ne(affine(atom)), affine(value.const + step), affine(value.const)), term)
+    return _kept_binary(atom, affine(value.const + step), affine(value.const), term)
+
+
+def _kept_weighted(value: Weighted, term: Term) -> _Kept | Refusal:
+    """``(1 - padding) * -1e9`` with padding in floating point."""
+    rest = value.rest.constant if isinstance(value.rest, Affine) else value.rest
+    if value.times.constant is None or rest is None:
+        return _unknown(value, term.node)
+    at_one = rest + value.times.constant * value.factor
+    return _kept_binary(value.load, at_one, float(rest), term)
+
+
+def _kept_binary(load: Load, at_one: Value, at_zero: Value, term: Term) -> _Kept | Refusal:
+    """What an element that is 1 or 0 keeps; it is checked at run time where no dtype says so."""
+    if (load.low, load.high) == (0, 1):
+        return _kept(choose(ne(affine(load)), at_one, at_zero), term)
+    if not _is_input(load.node):  # what a model computes may well be a fraction
+        return blame.refusal(load, "it is added to the scores, and it may be more than 0 and 1")
+    found = _kept(choose(ne(affine(load)), at_one, at_zero), term)
+    if isinstance(found, Refusal):
+        return found
+    return replace(found, binary=found.binary | {load.node})
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether ``node`` is a graph input, perhaps in another dtype."""
+    while (op := dialect.view(node)) is not None and op.name in CASTS:
+        node = op.args["x"]
+    return bool(node.op == "placeholder")
 
 
 def _kept_constant(value: float, term: Term) -> _Kept | Refusal:

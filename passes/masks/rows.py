@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine, Var, affine
-from nsa_compile.passes.masks.conditions import Condition
-from nsa_compile.passes.masks.values import Value, as_number, truth
+from nsa_compile.passes.masks.conditions import Condition, ne
+from nsa_compile.passes.masks.values import Unknown, Value, as_number, truth
 
 
 class Rows:
@@ -34,8 +33,11 @@ class Rows:
     ) -> None:
         """Note ``node``, whose element at ``index`` is ``found``, if it is a row read whole."""
         name = _runs_over(index, sizes)
-        dtype: torch.dtype = dialect.value(node).dtype
-        if name is None or dtype.is_floating_point:
+        if name is None:
+            return
+        if isinstance(found, Unknown) and name == "j":  # only asked for where it is 0 or 1
+            self.valid.setdefault(ne(affine(found.load)), node)
+        if dialect.value(node).dtype.is_floating_point:
             return
         keys = truth(found) if name == "j" else None
         if keys is not None:

@@ -12,7 +12,7 @@ from nsa_compile.passes.masks.lift import Lifter, Rule
 from nsa_compile.passes.masks.values import Value
 from nsa_compile.passes.masks.views import Index
 
-_CASTS = ("to", "type", "type_as", "bool", "int", "long", "float", "half", "bfloat16", "double")
+CASTS = ("to", "type", "type_as", "bool", "int", "long", "float", "half", "bfloat16", "double")
 
 
 def _to(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
@@ -20,7 +20,7 @@ def _to(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_CASTS, _to),
+    **dict.fromkeys(CASTS, _to),
     **elementwise.RULES,
     **structure.RULES,
 }

@@ -20,7 +20,13 @@ def overwritten(mask: Mask, bias: Alibi | None, reader: fx.Node, lifter: Lifter)
 
     The rewritten graph reads padding, ids, prefix and slopes where the attention stands.
     """
-    named: tuple[object, ...] = (mask.valid, mask.hidden, mask.prefix, *(mask.segments or ()))
+    named: tuple[object, ...] = (
+        mask.valid,
+        mask.hidden,
+        mask.prefix,
+        *(mask.segments or ()),
+        *mask.binary,
+    )
     if bias is not None:
         named = (*named, bias.slopes, bias.positions)
     tensors = [n for n in named if isinstance(n, fx.Node)]

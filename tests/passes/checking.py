@@ -99,6 +99,7 @@ def compare(site: AttentionSite, seen: dict[fx.Node, Any]) -> None:
         q_len,
         kv_len,
         valid=None if mask.valid is None else seen[mask.valid],
+        hidden=None if mask.hidden is None else seen[mask.hidden],
         offset=seen[mask.offset] if isinstance(mask.offset, fx.Node) else None,
         prefix=seen[mask.prefix] if isinstance(mask.prefix, fx.Node) else None,
         segments=mask.segments and (seen[mask.segments[0]], seen[mask.segments[1]]),
@@ -144,7 +145,7 @@ def _needed(site: AttentionSite) -> list[fx.Node]:
     nodes = [site.query, site.key, site.mask_node]
     if isinstance(site.mask, Mask):
         mask = site.mask
-        nodes += [mask.valid, mask.offset, mask.prefix, *(mask.segments or ())]
+        nodes += [mask.valid, mask.hidden, mask.offset, mask.prefix, *(mask.segments or ())]
     return [n for n in nodes if isinstance(n, fx.Node)]
 
 

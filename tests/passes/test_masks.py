@@ -160,7 +160,6 @@ PADDING_MISSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "on queries": lambda q, p: p.bool()[:, None, :, None],
     "on both": lambda q, p: p.bool()[:, None, :, None] & p.bool()[:, None, None, :],
     "or causal": lambda q, p: p.bool()[:, None, None, :] | (at(q)[1] <= at(q)[0]),
-    "additive": lambda q, p: (1.0 - p[:, None, None, :].float()) * -1e9,
 }
 
 

@@ -1,0 +1,89 @@
+"""Padding turned into numbers: proven for 0 and 1, and asserted at run time to hold no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nsa_compile
+from nsa_compile.passes.site import Mask
+from tests.passes.test_masks import padding_rows, run
+
+Tensor = torch.Tensor
+MIN = torch.finfo(torch.float32).min
+PADDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "inverted": lambda q, p: (1.0 - p[:, None, None, :].float()) * -1e9,
+    "subtracted": lambda q, p: (p[:, None, None, :] - 1) * 1e9,
+    "finfo": lambda q, p: (1.0 - p[:, None, None, :]) * MIN,
+    "unsqueezed": lambda q, p: ((1 - p) * -1e4).unsqueeze(1).unsqueeze(2),
+}
+MISSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "computed": lambda q, p: (1.0 - p.float().sigmoid()[:, None, None, :]) * -1e9,
+    "counted": lambda q, p: p.cumsum(-1)[:, None, None, :] * -1e9,
+    "bonus on real keys": lambda q, p: p[:, None, None, :] * 1e9,
+    "bonus": lambda q, p: (1.0 - p[:, None, None, :]) * -1e9 + 1.0,
+    "small": lambda q, p: (1.0 - p[:, None, None, :]) * -100.0,
+    "fractions": lambda q, p: (0.5 - p[:, None, None, :]) * -1e9,
+    "on queries": lambda q, p: (1.0 - p[:, None, :, None]) * -1e9,
+    "two tensors": lambda q, p: (1.0 - p[:, None, None, :] * p.flip(-1)[:, None, None]) * -1e9,
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@pytest.mark.parametrize("name", PADDING)
+def test_padding_by_arithmetic(name: str, dtype: torch.dtype, dynamic: bool) -> None:
+    p = torch.randint(0, 2, (2, 12)).to(dtype)
+    checker = run(lambda q, p: PADDING[name](q, padding_rows(q, p)), p, dynamic=dynamic)
+    assert checker.masks == ["padding"]
+    assert isinstance(checker.site.mask, Mask)
+    assert len(checker.site.mask.binary) == 1
+
+
+@pytest.mark.parametrize("name", MISSES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_other_arithmetic_is_refused(name: str, dtype: torch.dtype) -> None:
+    p = torch.randint(0, 2, (2, 12)).to(dtype)
+    checker = run(lambda q, p: MISSES[name](q, padding_rows(q, p)), p)
+    assert checker.masks[0] in ("mask_not_understood", "mask_from_outside", "data_dependent_mask")
+
+
+def test_what_the_dtype_says_is_not_asserted() -> None:
+    p = torch.randint(0, 2, (2, 12)).bool()
+    checker = run(lambda q, p: (1.0 - padding_rows(q, p)[:, None, None].float()) * -1e9, p)
+    assert isinstance(checker.site.mask, Mask)
+    assert checker.site.mask.binary == ()
+
+
+def test_causal_with_padding_by_arithmetic() -> None:
+    def mask(q: Tensor, p: Tensor) -> Tensor:
+        hidden = torch.full((12, 12), MIN).triu(1)
+        return hidden + (1.0 - padding_rows(q, p)[:, None, None, :]) * MIN
+
+    p = (torch.arange(12) < torch.tensor([[9], [12]])).long()
+    checker = run(mask, p, dynamic=False)
+    assert checker.masks == ["causal & padding"]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+def test_another_number_is_an_error_and_not_another_result(inner: str) -> None:
+    def f(q: Tensor, p: Tensor) -> Tensor:
+        mask = (1.0 - p[:, None, None, :]) * -1e9
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    torch._dynamo.reset()
+    options = {
+        "dense_len": 0, "select_block": 16, "query_tile": 16, "window": 16, "num_selected": 8,
+        "inner": inner,
+    }  # fmt: skip
+    fast = torch.compile(f, backend="nsa", options=options)
+    q, p = torch.randn(2, 4, 40, 8), torch.randint(0, 2, (2, 40))
+    p[:, 0] = 1
+    torch.testing.assert_close(fast(q, p), f(q, p))
+    assert nsa_compile.report(fast).sites[0].decision == "converted"
+    p[1, 7] = 2
+    with pytest.raises(RuntimeError, match="0 and 1"):
+        fast(q, p)
