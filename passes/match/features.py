@@ -43,8 +43,13 @@ def are_rows(query: Element, channel: Affine, lifter: Lifter) -> bool:
 
 
 def _same_shape(node: fx.Node, element: Element) -> Element | None:
+    """An input of the same shape, or the tensor that ``node`` is a chunk of."""
     shape = dialect.shape(node)
     for each in node.all_input_nodes:
         if shape is not None and dialect.shape(each) == shape:
             return Element(each, element.at)
+        if isinstance(dialect.value(each), (tuple, list)):  # chunk, split: where does not matter
+            rank = len(element.at)
+            wholes = (x for x in each.all_input_nodes if len(dialect.shape(x) or ()) == rank)
+            return next((Element(whole, element.at) for whole in wholes), None)
     return None

@@ -162,6 +162,8 @@ class _Resolver:
             axes.axes(self.splits.apply((at,))) for at in (root.channel, root.value_channel)
         )
         keys = axes.axes((root.key_at,))
+        if any(var.size.constant is None for var in (*roles.heads, *channel, *value_channel)):
+            return self._refusal("heads and head width must be constants")
         fewest = [
             self._fewest_heads(elements, roles, keys, last)
             for elements, last in ((k_chain, channel), (v_chain, value_channel))
