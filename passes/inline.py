@@ -72,6 +72,10 @@ class Inlined:
         """Nodes of the outermost graph to their copies."""
         return {node: copy for copy, (body, node) in self.origin.items() if body is None}
 
+    def in_bodies(self) -> list[fx.Node]:
+        """The nodes that stand in a body."""
+        return [copy for copy, (body, _) in self.origin.items() if body is not None]
+
 
 def inline(gm: fx.GraphModule) -> Inlined | None:
     """A copy of ``gm`` with the bodies inlined that hold an attention; None when there are none."""

@@ -11,7 +11,7 @@ from torch import fx
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.decide import decide
 from nsa_compile.passes.inline import Inlined, inline
-from nsa_compile.passes.lower import lower
+from nsa_compile.passes.lower import lower, not_spelled_out
 from nsa_compile.passes.match import find_sites
 from nsa_compile.passes.outline import Outliner, agreed, outermost
 from nsa_compile.passes.rewrite import Rewriter
@@ -63,6 +63,8 @@ def analyse(
         known = {copies[node]: tensor for node, tensor in known.items()}
         gm = inlined.module
     sites = find_sites(gm, values=known) + (lowering.refused if lowering is not None else [])
+    if inlined is not None:
+        sites += not_spelled_out(inlined.in_bodies())
     decisions = tuple(decide(site, config) for site in sites)
     if inlined is not None:
         decisions = agreed(decisions, inlined)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,19 @@ def lower(gm: fx.GraphModule) -> Lowering | None:
         if node.op == "call_function" and node.target in _CALLS:
             lowering.add(node)
     return lowering
+
+
+def not_spelled_out(calls: Iterable[fx.Node]) -> list[AttentionSite]:
+    """The sites of those ``calls`` that hide an attention, where they cannot be spelled out."""
+    return [
+        _site(call, _CALLS[call.target][0], Refusal(Reason.UNRECOGNISED_ATTENTION, _within(call)))
+        for call in calls
+        if call.op == "call_function" and call.target in _CALLS
+    ]
+
+
+def _within(call: fx.Node) -> str:
+    return f"node {dialect.describe(call)} inside a higher-order operator (a checkpointed layer)"
 
 
 def _between(before: fx.Node, call: fx.Node) -> list[fx.Node]:

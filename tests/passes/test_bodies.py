@@ -99,9 +99,6 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool) -> list[
 @pytest.mark.parametrize("wrap", [checkpointed, nested])
 def test_checkpointed_layers(name: str, wrap: Callable[..., Any], dynamic: bool) -> None:
     mask, expected = MASKS[name]
-    schema = torch.ops.nsa.selected_attention.default._schema
-    if name in ("documents", "prefix") and not any(a.name == "ranges" for a in schema.arguments):
-        pytest.skip("selected_attention takes no ranges and segments yet")
     x, p = torch.randn(2, 70, 32), torch.randint(0, 2, (2, 70))
     p[:, 0] = 1
     rows = run(Model(mask, wrap), (x, p), dynamic=dynamic)
@@ -203,3 +200,17 @@ def test_llama_with_gradient_checkpointing(padded: bool, dynamic: bool) -> None:
     assert [r.decision for r in rows] == ["converted"] * 2, rows[0]
     assert {r.mask for r in rows} == {"causal & padding" if padded else "causal"}
     assert all("self_attn" in r.module for r in rows)
+
+
+def test_attention_that_hides_in_a_call_inside_a_body_is_told() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner = lambda y: self.attention(y, y, y, need_weights=False)[0]  # noqa: E731
+            return checkpointed(inner, x)  # type: ignore[arg-type]
+
+    rows = run(Hidden(), (torch.randn(2, 70, 32),), dynamic=False)
+    assert [(r.decision, r.reason) for r in rows] == [("kept", "unrecognised_attention")]
