@@ -29,6 +29,7 @@ class Specimen:
         training: run in train mode.
         gradients: compare gradients too; False runs without autograd.
         dynamic: also compile with symbolic sizes.
+        tolerance: difference to the dense run that is allowed, relative to its largest value.
         pending: why the compiler does not reach this verdict yet; empty when it does.
     """
 
@@ -37,6 +38,7 @@ class Specimen:
     training: bool = False
     gradients: bool = True
     dynamic: bool = True
+    tolerance: float = 1e-4
     pending: str = ""
 
 

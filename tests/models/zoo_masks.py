@@ -22,8 +22,6 @@ from tests.models.zoo import (
 )
 from tests.models.zoo_spellings import SCALE
 
-ARITHMETIC = "padding that arrives as integers and is computed with"
-
 
 class Biased(Attention):
     """Scores plus an additive ``bias`` that subclasses build."""
@@ -60,7 +58,7 @@ class Documents(Allowed):
         return hidden(length), documents(length)
 
 
-@specimen("padding", pending=ARITHMETIC)
+@specimen("padding")
 class ExtendedMask(Biased):
     """The encoder's (1 - mask) * -10000."""
 
@@ -70,7 +68,7 @@ class ExtendedMask(Biased):
         return (1.0 - keep[:, None, None, :].to(q.dtype)) * -10000.0
 
 
-@specimen("padding", pending=ARITHMETIC)
+@specimen("padding", pending="a fill whose condition is the filled tensor itself")
 class ExtendedMaskFinfo(Biased):
     inputs = staticmethod(Padded.inputs)
 
@@ -79,7 +77,7 @@ class ExtendedMaskFinfo(Biased):
         return inverted.masked_fill(inverted.to(torch.bool), torch.finfo(q.dtype).min)
 
 
-@specimen("causal & padding", pending=ARITHMETIC)
+@specimen("causal & padding")
 class TwoBiases(Biased):
     """A causal and a padding term, added one after the other."""
 
