@@ -36,13 +36,14 @@ FindInteger = Callable[[Affine], "fx.Node | None"]
 class _Terms:
     """What a conjunction says so far.
 
-    ``j <= i + above``, ``j >= i - below``, the real keys, chunks, what else query and key must
-    have in common, and the prefix (whose alternative the two diagonals then are).
+    ``j <= i + above``, ``j >= i - below``, the real keys and queries, chunks, what else query and
+    key must have in common, and the prefix (whose alternative the two diagonals then are).
     """
 
     above: Affine | None = None
     below: Affine | None = None
     keys: list[Condition] = field(default_factory=list)
+    queries: list[Condition] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     same: list[Condition] = field(default_factory=list)
     prefix: Affine | None = None
@@ -91,16 +92,12 @@ class _Namer:
         self.terms = _Terms()
 
     def named(self, keep: Condition, buffers: tuple[fx.Node, ...]) -> Mask:
-        terms = self.terms
         # Alternatives last: a prefix must find the diagonals that stand beside it.
         for conjunct in sorted(conjuncts(keep), key=lambda c: (not isinstance(c, Ge), repr(c))):
             self._sort(conjunct)
         causal, offset, window = self._diagonals()
         size = self._chunk(offset)
-        ids = [documents.ids(each, self.lifter) for each in terms.same]
-        if len(ids) > 1 or None in ids:
-            raise _Refused(_unclassified(terms.same, self.mask))
-        segments = next((found for found in ids if found is not None), None)
+        segments, in_order = self._segments(offset)
         valid, hidden = self._padding()
         return Mask(
             causal=causal,
@@ -110,8 +107,8 @@ class _Namer:
             hidden=hidden,
             chunk=size,
             prefix=self._prefix(),
-            segments=None if segments is None else (segments.query, segments.key),
-            segments_sorted=segments is not None and segments.in_order(offset, self.lifter),
+            segments=segments,
+            segments_sorted=in_order,
             buffers=buffers,
         )
 
@@ -123,6 +120,8 @@ class _Namer:
             self.terms.chunks.append(part)
         elif loads(conjunct) and {v.name for v in variables(conjunct)} <= {"b", "j"}:
             self.terms.keys.append(conjunct)
+        elif loads(conjunct) and {v.name for v in variables(conjunct)} <= {"b", "i"}:
+            self.terms.queries.append(conjunct)
         elif documents.ids(conjunct, self.lifter) is not None:
             self.terms.same.append(conjunct)
         elif not self._alternatives(conjunct):
@@ -184,6 +183,23 @@ class _Namer:
         if any(part.from_start for part in parts) and (ends or any(p.to_end for p in parts)):
             return size
         self._refuse(f"one end of a chunk of {size} only")
+
+    def _segments(self, offset: Affine) -> tuple[tuple[fx.Node, fx.Node] | None, bool]:
+        """The tensors that query and key must agree in, and whether those are sorted documents."""
+        same, queries = self.terms.same, self.terms.queries
+        found = [documents.ids(each, self.lifter) for each in same]
+        if queries and not same:
+            # Real queries see real keys: both are true, and the keys are told to be.
+            flags = self.lifter.rows.flags
+            pair = flags.get(all_of(queries)), flags.get(all_of(self.terms.keys))
+            if pair[0] is not None and pair[1] is not None:
+                return (pair[0], pair[1]), False
+        if queries or len(found) > 1 or None in found:
+            raise _Refused(_unclassified(queries + same, self.mask))
+        ids = next((each for each in found if each is not None), None)
+        if ids is None:
+            return None, False
+        return (ids.query, ids.key), ids.in_order(offset, self.lifter)
 
     def _padding(self) -> tuple[fx.Node | None, fx.Node | None]:
         """The row that is not 0 at real keys, and the row that is not 0 at hidden ones."""

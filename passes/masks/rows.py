@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
@@ -21,11 +22,13 @@ class Rows:
 
     Attributes:
         valid: rows over keys by the condition under which their element is not 0.
+        flags: boolean rows over queries or keys by the condition that they hold.
         ids: integer rows over queries, keys or the batch by their element.
     """
 
     def __init__(self) -> None:
         self.valid: dict[Condition, fx.Node] = {}
+        self.flags: dict[Condition, fx.Node] = {}
         self.ids: dict[Affine, fx.Node] = {}
 
     def remember(
@@ -39,9 +42,11 @@ class Rows:
             self.valid.setdefault(ne(affine(found.load)), node)
         if dialect.value(node).dtype.is_floating_point:
             return
-        keys = truth(found) if name == "j" else None
-        if keys is not None:
-            self.valid.setdefault(keys, node)
+        held = truth(found)
+        if held is not None and name == "j":
+            self.valid.setdefault(held, node)
+        if held is not None and dialect.value(node).dtype == torch.bool:
+            self.flags.setdefault(held, node)
         number = as_number(found)
         if isinstance(number, Affine):
             self.ids.setdefault(number, node)

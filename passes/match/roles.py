@@ -68,7 +68,8 @@ def _batch_and_heads(
     head = shared[-1]
     if len(shared) == 2:
         compared = {var for index in masks for var in _variables(index)}
-        if head in compared and shared[0] not in compared and not grouped:
+        static = shared[0].size.constant is not None  # as a number of heads must be
+        if static and head in compared and shared[0] not in compared and not grouped:
             head = shared[0]
         elif head.size.constant is None and shared[0].size.constant is not None:
             head = shared[0]

@@ -158,7 +158,7 @@ def padding_rows(q: Tensor, p: Tensor) -> Tensor:
 
 PADDING_MISSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "on queries": lambda q, p: p.bool()[:, None, :, None],
-    "on both": lambda q, p: p.bool()[:, None, :, None] & p.bool()[:, None, None, :],
+    "on both, numbers": lambda q, p: (p[:, None, :, None] * p[:, None, None, :]) > 0,
     "or causal": lambda q, p: p.bool()[:, None, None, :] | (at(q)[1] <= at(q)[0]),
 }
 
@@ -169,6 +169,18 @@ def test_padding_near_misses_are_refused(name: str, dynamic: bool) -> None:
     p = torch.randint(0, 2, (2, 12))
     checker = run(lambda q, p: PADDING_MISSES[name](q, padding_rows(q, p)), p, dynamic=dynamic)
     assert checker.masks == ["mask_not_understood"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_padding_on_queries_and_keys(dynamic: bool) -> None:
+    """Real queries see real keys; whoever is padding sees nothing."""
+
+    def mask(q: Tensor, p: Tensor) -> Tensor:
+        keep = padding_rows(q, p).bool()
+        return keep[:, None, :, None] & keep[:, None, None, :] & (at(q)[1] <= at(q)[0])
+
+    p = torch.randint(0, 2, (2, 12))
+    assert run(mask, p, dynamic=dynamic).masks == ["causal & document & padding"]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
