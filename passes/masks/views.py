@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,12 @@ def _reshape(op: Op, index: Index, before: Sequence[Size], after: Sequence[Size]
     """Match runs of dimensions with equal products, and renumber inside each run."""
     if op["dtype"] is not None or any(isinstance(s, torch.dtype) for s in op["sizes"] or ()):
         raise Stuck("a view that reinterprets bits")
+    return _reshaped(tuple(before), tuple(after), index)
+
+
+@lru_cache(maxsize=2048)
+def _reshaped(before: tuple[Size, ...], after: tuple[Size, ...], index: Index) -> Index:
+    """The layers of a model share their reshapes."""
     result: list[Affine] = []
     old = [(p, s) for p, s in enumerate(before) if s != 1]
     new = [(p, s) for p, s in enumerate(after) if s != 1]

@@ -61,16 +61,19 @@ class _Resolver:
         self.splits = axes.Splits(lifter.sizes)
         self.dtype = root.dtype
         self.elements = self._elements()
+        self._known: tuple[int, list[list[Element]]] | None = None
         inner = (root.key_at, root.channel, root.value_channel)
         self.inner = {var for at in inner for var in at.variables()}
 
     def _elements(self) -> list[Element]:
         """Query, key and value; without casts to a wider dtype, which the operators do inside."""
         given = [self.root.query, self.root.key, self.root.value]
+        low = uncast(given[0], self.lifter)[1]
+        if low is None:
+            return given
         bare = [uncast(element, self.lifter) for element in given]
-        low = bare[0][1]
         value = dialect.value(self.root.value.node)
-        if low is None or bare[1][1] != low or low not in (value.dtype, bare[2][1]):
+        if bare[1][1] != low or low not in (value.dtype, bare[2][1]):
             return given
         if dialect.value(self.root.query.node).dtype != self.dtype:  # autocast has the last word
             return given
@@ -148,12 +151,17 @@ class _Resolver:
                 return
 
     def _chains(self) -> list[list[Element]]:
+        """Query, key and value with what they are views of, after the splits so far."""
+        if self._known is not None and self._known[0] == len(self.splits.replaced):
+            return self._known[1]
         root = self.root
         readers = (root.reader, root.reader, root.output)
-        return [
+        found = [
             chain(Element(node, self.splits.apply(at)), reader, root.output, self.lifter)
             for (node, at), reader in zip(self.elements, readers, strict=True)
         ]
+        self._known = len(self.splits.replaced), found
+        return found
 
     def _laid_out(self, roles: Roles, out: Index) -> Layout | Refusal:
         root = self.root

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
 
-from nsa_compile.passes.masks.affine import Var
+from nsa_compile.passes.masks.affine import Affine, Var
 from nsa_compile.passes.masks.sizes import Sizes
 from nsa_compile.passes.masks.views import Index
 from nsa_compile.passes.match import axes
@@ -26,6 +27,14 @@ def towards(node: fx.Node, at: Index, canonical: Canonical, sizes: Sizes) -> Ste
     shape = sizes.shape(node)
     if shape is None or len(shape) != len(at):
         return None
+    return _towards(tuple(shape), at, tuple(tuple(dimension) for dimension in canonical))
+
+
+@lru_cache(maxsize=1024)
+def _towards(
+    shape: tuple[Affine, ...], at: Index, canonical: tuple[tuple[Var, ...], ...]
+) -> Steps | None:
+    """The layers of a model share their layouts."""
     grouped = [axes.digits(each, size) for each, size in zip(at, shape, strict=True)]
     if any(group is None for group in grouped):
         return None
