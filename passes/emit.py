@@ -28,7 +28,7 @@ class Caller:
     def __call__(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """A node that calls ``target``: a function, or the name of a tensor's method."""
         append = self.graph.call_method if isinstance(target, str) else self.graph.call_function
-        node: fx.Node = append(target, args, kwargs)  # type: ignore[arg-type]
+        node: fx.Node = append(target, args, kwargs)
         node.meta.update(self.metadata)
         node.meta["example_value"] = self._fake_value(target, args, kwargs)
         return node

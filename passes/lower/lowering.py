@@ -129,7 +129,7 @@ def _connect(form: _Form) -> None:
     """Point the users of the call at the spelled-out results."""
     for user in list(form.call.users):
         if user.target is operator.getitem and user.args[1] in form.results:
-            user.replace_all_uses_with(form.results[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(form.results[user.args[1]])
             user.graph.erase_node(user)
         elif user.target is operator.getitem:
             user.graph.erase_node(user)  # weights that nobody reads
