@@ -130,7 +130,8 @@ class _Resolver:
     def _split_own(self) -> None:
         """Take apart what the spelling itself divides (scores viewed as batch and heads)."""
         while True:
-            at = [each for index in self._nearest() for each in index]
+            masks = [self.splits.apply(term.at or ()) for term in self.root.terms]
+            at = [each for index in (*self._nearest(), *masks) for each in index]
             found = [(v, by) for v, by in axes.divisions(at) if v not in self.inner]
             if not any(self.splits.split(var, by) for var, by in found[:1]):
                 return
