@@ -72,6 +72,7 @@ def nsa(
         return _inner(gm, example_inputs, config, mode)
     original = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     guarded = [(_position(gm, node), values[node]) for node in conversion.guarded]
+    binary = [_position(gm, node) for node in conversion.binary]
     try:
         rewrite(gm, conversion)
         compiled = _inner(gm, example_inputs, config, mode)
@@ -80,18 +81,20 @@ def nsa(
             compilations.discard(entry)
             raise
         return _untouched(original, example_inputs, config, mode, entry, error)
-    if not guarded:
+    if not guarded and not binary:
         return compiled
     return GuardedCallable(
-        compiled, lambda: _inner(original, example_inputs, config, mode), guarded, entry
+        compiled, lambda: _inner(original, example_inputs, config, mode), guarded, binary, entry
     )
 
 
 class GuardedCallable:
-    """Runs the converted graph while the buffers that its masks were read from are unchanged.
+    """Runs the converted graph while what its mask proofs took for granted holds, else the dense.
 
-    A mask proven from a buffer's values holds only for those values. Each call compares the
-    tensor's identity and version counter (no device work); after a change the dense graph runs.
+    A mask proven from a buffer's values holds only for those values: each call compares the
+    tensor's identity and version counter, which is no device work. A padding mask that the model
+    does arithmetic on was proven for 0 and 1: each call reads it, which on a GPU waits for the
+    work queued before.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class GuardedCallable:
         converted: Compiled,
         compile_dense: Callable[[], Compiled],
         guarded: Sequence[tuple[int, torch.Tensor]],
+        binary: Sequence[int],
         entry: CompiledGraph,
     ) -> None:
         self.converted = converted
@@ -106,19 +110,22 @@ class GuardedCallable:
         self.dense: Compiled | None = None
         self.entry = entry
         self.guards = [(i, weakref.ref(tensor), tensor._version) for i, tensor in guarded]
+        self.binary = binary
 
     def __call__(self, *args: Any) -> Any:
         for position, tensor, version in self.guards:
             if args[position] is not tensor() or args[position]._version != version:
-                return self._dense(position)(*args)
+                return self._dense(f"a mask buffer (graph input {position}) changed")(*args)
+        for position in self.binary:
+            if not bool(((args[position] == 0) | (args[position] == 1)).all()):
+                text = f"a padding mask (graph input {position}) holds more than 0 and 1"
+                return self._dense(text)(*args)
         return self.converted(*args)
 
-    def _dense(self, position: int) -> Compiled:
+    def _dense(self, why: str) -> Compiled:
+        """The dense graph; the first time this is warned about and noted in the report."""
         if self.dense is None:
-            text = (
-                f"a mask buffer (graph input {position}) changed after compilation: "
-                f"graph {self.entry.compile_id} of {self.entry.model} runs dense"
-            )
+            text = f"{why}: graph {self.entry.compile_id} of {self.entry.model} runs dense"
             self.entry.failures.append(text)
             warnings.warn(f"nsa_compile: {text}", ConversionWarning, stacklevel=2)
             self.dense = self.compile_dense()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class Conversion:
         decisions: one verdict per attention site, in graph order.
         guarded: placeholders of the analysed graph whose values a proof read; the conversion holds
             while they keep them.
+        binary: placeholders that a proof takes to hold 0 and 1 only; checked at every call.
         lowered: a copy of the graph, on whose nodes the decisions stand, where attention calls
             that hide inside one node are spelled out; None when there are none.
         inlined: a copy of the graph without higher-order operators, on whose nodes the decisions
@@ -34,6 +35,7 @@ class Conversion:
 
     decisions: tuple[Decision, ...]
     guarded: tuple[fx.Node, ...]
+    binary: tuple[fx.Node, ...] = ()
     lowered: fx.Graph | None = None
     inlined: Inlined | None = None
 
@@ -68,14 +70,27 @@ def analyse(
     decisions = tuple(decide(site, config) for site in sites)
     if inlined is not None:
         decisions = agreed(decisions, inlined)
-    masks = [d.site.mask for d in decisions if d.converted]
-    buffers = dict.fromkeys(n for mask in masks if isinstance(mask, Mask) for n in mask.buffers)
-    guarded = tuple(buffers) if inlined is None else tuple(inlined.origin[n][1] for n in buffers)
-    if lowering is None:
-        return Conversion(decisions, guarded, inlined=inlined)
-    lowering.settle(decisions if inlined is None else outermost(decisions, inlined))
-    originals = {copy: node for node, copy in lowering.nodes.items()}
-    return Conversion(decisions, tuple(originals[n] for n in guarded), lowering.graph, inlined)
+    if lowering is not None:
+        lowering.settle(decisions if inlined is None else outermost(decisions, inlined))
+
+    def inputs(nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+        """The placeholders of the given graph that ``nodes`` are copies of."""
+        originals = list(dict.fromkeys(nodes))
+        if inlined is not None:
+            originals = [inlined.origin[n][1] for n in originals]
+        if lowering is not None:
+            given = {copy: node for node, copy in lowering.nodes.items()}
+            originals = [given[n] for n in originals]
+        return tuple(originals)
+
+    masks = [d.site.mask for d in decisions if d.converted and isinstance(d.site.mask, Mask)]
+    return Conversion(
+        decisions,
+        guarded=inputs(n for mask in masks for n in mask.buffers),
+        binary=inputs(n for mask in masks for n in mask.binary),
+        lowered=None if lowering is None else lowering.graph,
+        inlined=inlined,
+    )
 
 
 def rewrite(gm: fx.GraphModule, conversion: Conversion) -> None:

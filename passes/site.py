@@ -36,8 +36,8 @@ class Mask:
             each other (packed documents). None is one document.
         segments_sorted: the ids are proven never to fall along the sequence, and query i stands at
             the key ``i + offset`` of the same ids: then documents are ranges of keys.
-        binary: tensors that the proof takes to hold 0 and 1 only, whatever their dtype allows: the
-            rewritten graph asserts it (``(1 - padding) * -1e9`` says nothing sensible of a 2).
+        binary: graph inputs that the proof takes to hold 0 and 1 only, whatever their dtype allows,
+            to be checked at run time (``(1 - padding) * -1e9`` says nothing sensible of a 2).
         buffers: placeholder nodes whose *values* the proof read, to be guarded at run time.
     """
 

@@ -38,8 +38,6 @@ class Visibility:
 
     def operands(self, mask: Mask, q: fx.Node, k: fx.Node, call: Caller) -> Operands:
         """The operands of ``mask`` for queries [B, Hq, Tq, D] and keys [B, Hkv, Tk, D]."""
-        for tensor in mask.binary:
-            self._once(("binary", tensor), _assert_binary, tensor, call)
         segments: tuple[fx.Node | None, fx.Node | None] = (None, None)
         if mask.segments is not None and not mask.segments_sorted:
             segments = self._once(("ids", mask.segments), _segments, mask.segments, call)
@@ -61,13 +59,6 @@ class Visibility:
         if key not in self._known:
             self._known[key] = build(*args)
         return self._known[key]
-
-
-def _assert_binary(tensor: fx.Node, call: Caller) -> fx.Node:
-    """Fails at run time, without waiting for the device, unless ``tensor`` holds 0 and 1 only."""
-    zero_or_one = call(torch.logical_or, call(torch.eq, tensor, 0), call(torch.eq, tensor, 1))
-    message = f"nsa_compile: the padding mask %{tensor.name} must hold 0 and 1 only"
-    return call(torch._assert_async, call(torch.all, zero_or_one), message)
 
 
 def _valid_keys(mask: Mask, q: fx.Node, call: Caller) -> fx.Node:

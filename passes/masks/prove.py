@@ -331,19 +331,20 @@ def _kept_binary(load: Load, at_one: Value, at_zero: Value, term: Term) -> _Kept
     """What an element that is 1 or 0 keeps; it is checked at run time where no dtype says so."""
     if (load.low, load.high) == (0, 1):
         return _kept(choose(ne(affine(load)), at_one, at_zero), term)
-    if not _is_input(load.node):  # what a model computes may well be a fraction
+    source = _input(load.node)
+    if source is None:  # what a model computes may well be a fraction
         return blame.refusal(load, "it is added to the scores, and it may be more than 0 and 1")
     found = _kept(choose(ne(affine(load)), at_one, at_zero), term)
     if isinstance(found, Refusal):
         return found
-    return replace(found, binary=found.binary | {load.node})
+    return replace(found, binary=found.binary | {source})
 
 
-def _is_input(node: fx.Node) -> bool:
-    """Whether ``node`` is a graph input, perhaps in another dtype."""
+def _input(node: fx.Node) -> fx.Node | None:
+    """The graph input that ``node`` is, perhaps in another dtype; None for what is computed."""
     while (op := dialect.view(node)) is not None and op.name in CASTS:
         node = op.args["x"]
-    return bool(node.op == "placeholder")
+    return node if node.op == "placeholder" else None
 
 
 def _kept_constant(value: float, term: Term) -> _Kept | Refusal:
