@@ -16,7 +16,7 @@ from tests.models.zoo import BATCH, documents, hidden, keep_left
 from tests.models.zoo_programs import Program, Written, programs
 
 OPTIONS = {**FULL_BUDGET, "inner": "eager"}
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 6e-3}
 SHARDS = 10  # of the slow suite, so that pytest-xdist can share them out
 _SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 # Programs that were once converted wrongly.
