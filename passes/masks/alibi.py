@@ -123,9 +123,10 @@ def _of_key(of: Affine) -> Affine:
 
 def _alibi(part: _KeyPart, factor: float, heads: Affine, lifter: Lifter) -> Alibi | Refusal:
     assert part.load is not None
-    sizes = [size for size in lifter.sizes.shape(part.load.node) or [] if size.constant != 1]
-    if sizes != ([] if heads.constant == 1 else [heads]):
-        return _refusal(part.load, "it holds no number for each head")
+    shape = lifter.sizes.shape(part.load.node) or []
+    used = [(a, s) for a, s in zip(part.load.index, shape, strict=True) if s.constant != 1]
+    if used != ([] if heads.constant == 1 else [(affine(Var("h", heads)), heads)]):
+        return _refusal(part.load, "it holds no number for each head, in their order")
     ((atom, _), *more) = part.times.terms.items()
     if isinstance(atom, Var) and not more:
         return Alibi(part.load.node, None, part.factor * factor)

@@ -179,6 +179,10 @@ class _Resolver:
         ]
         kv_heads = tuple(h for h in roles.heads if any(f is None or h in f for f in fewest))
         heads = (*kv_heads, *(h for h in roles.heads if h not in kv_heads))
+        spelled = tuple(var for var in axes.axes(out) if var in heads)
+        if heads != spelled and self._names_heads(set(heads)):
+            # Slopes and sinks stand in the order of the spelling: keep it, repeated keys and all.
+            heads = kv_heads = spelled
         q = self._best(q_chain, (roles.batch, heads, roles.rows, channel))
         k = self._best(k_chain, (roles.batch, kv_heads, keys, channel))
         v = self._best(v_chain, (roles.batch, kv_heads, keys, value_channel))
@@ -192,6 +196,13 @@ class _Resolver:
         if back is None or geometry is None:
             return self._refusal("the result has a layout that is not understood")
         return Layout(q, k, v, back, geometry, roles, heads, kv_heads, self.splits, self.dtype)
+
+    def _names_heads(self, heads: set[Var]) -> bool:
+        """Whether something that is added to the logits differs from head to head."""
+        added = [term.at for term in self.root.terms if term.kind == "add" and term.at is not None]
+        if self.root.sinks is not None:
+            added.append(self.root.sinks.at)
+        return any(at.variables() & heads for index in added for at in self.splits.apply(index))
 
     def _fewest_heads(
         self, elements: list[Element], roles: Roles, keys: list[Var], last: list[Var]
