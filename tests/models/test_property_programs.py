@@ -45,7 +45,7 @@ def test_found_before(program: Program) -> None:
 
 
 @given(programs())
-@settings(max_examples=25, derandomize=True, **_SETTINGS)
+@settings(max_examples=12, derandomize=True, **_SETTINGS)
 def test_converted_is_equal(program: Program) -> None:
     check(program)
 

