@@ -21,7 +21,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"eos_token_id$", 2),
     (r"(_token_id|_token_index|_index)$", lambda n: 3 + n % 30),
     (r"pronunciation_vocab_size|shape_vocab_size|n_langs", lambda n: min(n, 32)),
-    (r"vocab_size$", VOCABULARY),
+    (r"(vocab_size|byte_group_vocab)$", VOCABULARY),
     (r"vocab_size_per_layer_input", VOCABULARY),
     (r"(max_position_embeddings|n_positions|max_seq_len|context_length|n_ctx)$", 256),
     (r"(max_target_positions|max_source_positions|max_2d_position_embeddings)$", 256),
