@@ -397,3 +397,22 @@ class WrongLengthPadding(Allowed):
     @staticmethod
     def inputs(length: int) -> tuple[Tensor, ...]:
         return hidden(length), keep_left(length)
+
+
+@specimen("padding", pending="strided queries with a padding mask are attended wrongly on the CPU")
+class ChannelsFirst(nn.Module):
+    """Projections by convolution: q, k and v are transposed views of [B, H, D, T]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(3))
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = (f(x.mT).view(b, HEADS, HEAD_DIM, t).mT for f in (self.q, self.k, self.v))
+        bias = torch.zeros(b, 1, 1, t).masked_fill(keep[:, None, None] == 0, -1e9)
+        return ((q @ k.mT * SCALE + bias).softmax(-1) @ v).transpose(1, 2).reshape(b, t, c)
+
+    @staticmethod
+    def inputs(length: int) -> tuple[Tensor, ...]:
+        return hidden(length), keep_left(length)
