@@ -46,13 +46,13 @@ class Visibility:
         documents = mask.segments if mask.segments_sorted else None
         ranges = self._once(("ranges", *sizes, *terms, documents), _ranges, mask, q, k, call)
         return Operands(
-            self._valid(mask, q, call), ranges, *segments, mask.causal and mask.prefix is None
+            self._valid(mask, q, k, call), ranges, *segments, mask.causal and mask.prefix is None
         )
 
-    def _valid(self, mask: Mask, q: fx.Node, call: Caller) -> fx.Node | None:
+    def _valid(self, mask: Mask, q: fx.Node, k: fx.Node, call: Caller) -> fx.Node | None:
         if mask.valid is None and mask.hidden is None:
             return None
-        return self._once(("valid", mask.valid, mask.hidden), _valid_keys, mask, q, call)
+        return self._once(("valid", mask.valid, mask.hidden), _valid_keys, mask, q, k, call)
 
     def _once(self, key: Hashable, build: Any, *args: Any) -> Any:
         # Sites come in graph order, so what the first one builds stands before all the others.
@@ -61,7 +61,7 @@ class Visibility:
         return self._known[key]
 
 
-def _valid_keys(mask: Mask, q: fx.Node, call: Caller) -> fx.Node:
+def _valid_keys(mask: Mask, q: fx.Node, k: fx.Node, call: Caller) -> fx.Node:
     """The real keys of ``mask`` as bool [B, Tk]."""
     rows = []
     if mask.valid is not None:
@@ -70,9 +70,12 @@ def _valid_keys(mask: Mask, q: fx.Node, call: Caller) -> fx.Node:
     if mask.hidden is not None:
         rows.append(call(torch.eq, row(mask.hidden, call), 0))
     keys = rows[0] if len(rows) == 1 else call(torch.logical_and, *rows)
-    batch = dialect.value(keys).shape[0]
-    if isinstance(batch, int) and batch == 1:
-        keys = call("expand", keys, call("size", q, 0), -1)
+    batch, length = (isinstance(s, int) and s == 1 for s in dialect.value(keys).shape)
+    if batch or length:
+        sizes = (
+            call("size", x, dim) if one else -1 for x, dim, one in ((q, 0, batch), (k, 2, length))
+        )
+        keys = call("expand", keys, *sizes)
     return keys
 
 

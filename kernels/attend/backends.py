@@ -240,7 +240,10 @@ def _aligned(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3]))
+    """``x`` with ``width`` channels and each row in one piece, as flash attention reads it."""
+    if x.shape[3] < width:
+        return torch.nn.functional.pad(x, (0, width - x.shape[3]))
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _runs(q: Tensor, k: Tensor) -> list[slice]:

@@ -26,6 +26,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, site: Site
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, Tq, Dv] in q.dtype, lse float32 [B, Hq, Tq])."""
+    # Flash attention reads rows; with another stride inside them its results are wrong.
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     plan = _plan(q, k, block_indices, site)
     tiling, scale = plan.tiling, site.scale
     # Flash attention wants D = Dv: the narrower side is filled up with zeros.

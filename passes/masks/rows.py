@@ -43,7 +43,8 @@ class Rows:
         if dialect.value(node).dtype.is_floating_point:
             return
         held = truth(found)
-        if held is not None and name == "j":
+        # [B, 1] says the same of all keys, of which there may be but one.
+        if held is not None and (name == "j" or (name == "b" and len(sizes) > 1)):
             self.valid.setdefault(held, node)
         if held is not None and dialect.value(node).dtype == torch.bool:
             self.flags.setdefault(held, node)

@@ -41,7 +41,9 @@ def assign(
         return "keys have an axis that the result lacks"
     shared = [var for var in order if var in of_key]
     own = [var for var in order if var not in of_key]
-    row = _row(own, masks, key_at)
+    # What is left of an axis of which the keys have a part are heads that share a key.
+    parted = {var.name[:-1] for var in shared if _is_part(var)}
+    row = _row([v for v in own if not (_is_part(v) and v.name[:-1] in parted)], masks, key_at)
     groups = tuple(var for var in own if var is not row)
     batch, heads = _batch_and_heads(shared, bool(groups), filled, one_sequence)
     return Roles(batch, heads + groups, () if row is None else (row,))

@@ -399,7 +399,7 @@ class WrongLengthPadding(Allowed):
         return hidden(length), keep_left(length)
 
 
-@specimen("padding", pending="strided queries with a padding mask are attended wrongly on the CPU")
+@specimen("padding")
 class ChannelsFirst(nn.Module):
     """Projections by convolution: q, k and v are transposed views of [B, H, D, T]."""
 
