@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 
@@ -100,7 +101,7 @@ class Rewriter:
             q, k, v, blocks, *visible, *alibi, *logits,
             config.query_tile, config.select_block, config.dense_len,
         )  # fmt: skip
-        return _result(site, attention, call)
+        return _result(site, mask, attention, v, call)
 
 
 def _operands(site: AttentionSite, call: Caller) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -136,7 +137,9 @@ def _alibi(site: AttentionSite, call: Caller) -> tuple[fx.Node | None, fx.Node |
     return slopes, call.cast(row(positions, call), torch.float32)
 
 
-def _result(site: AttentionSite, attention: fx.Node, call: Caller) -> fx.Node:
+def _result(
+    site: AttentionSite, mask: Mask, attention: fx.Node, v: fx.Node, call: Caller
+) -> fx.Node:
     """The attention's output as the node that it replaces had it."""
     out = call(operator.getitem, attention, 0)
     if site.modifiers.sinks is not None:
@@ -145,6 +148,14 @@ def _result(site: AttentionSite, attention: fx.Node, call: Caller) -> fx.Node:
         sinks = call.cast(call("reshape", site.modifiers.sinks, 1, -1, 1), dialect.value(lse).dtype)
         share = call("unsqueeze", call("sigmoid", call("sub", lse, sinks)), -1)
         out = call(torch.mul, out, call.cast(share, dialect.value(out).dtype))
+    elif mask.averages:
+        # Nobody should read what padding attends to, but recurrent layers do.
+        lse = call("unsqueeze", call(operator.getitem, attention, 1), -1)
+        average = call("mean", v, 2, True)
+        group = site.q_heads // site.kv_heads
+        if group > 1:
+            average = call("repeat_interleave", average, group, 1)
+        out = call(torch.where, call(torch.eq, lse, -math.inf), average, out)
     out = call.steps(out, site.output_steps)
     return call.cast(out, dialect.value(site.output).dtype)
 

@@ -38,6 +38,8 @@ class Mask:
             the key ``i + offset`` of the same ids: then documents are ranges of keys.
         binary: graph inputs that the proof takes to hold 0 and 1 only, whatever their dtype allows,
             to be checked at run time (``(1 - padding) * -1e9`` says nothing sensible of a 2).
+        averages: a query whose keys are all padding averages all values, as the softmax over equal
+            numbers does where padding adds the lowest finite one; else such a query gives 0.
         buffers: placeholder nodes whose *values* the proof read, to be guarded at run time.
     """
 
@@ -51,6 +53,7 @@ class Mask:
     segments: tuple[fx.Node, fx.Node] | None = None
     segments_sorted: bool = False
     binary: tuple[fx.Node, ...] = ()
+    averages: bool = False
     buffers: tuple[fx.Node, ...] = ()
 
     def describe(self) -> str:

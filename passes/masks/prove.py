@@ -40,6 +40,8 @@ from nsa_compile.passes.site import Mask
 # unless the scores of one row span more than 9,000, so dropping the key changes nothing. finfo.min,
 # -inf, -1e9 and the -1e4 of older models all count; a smaller penalty is a bias, not a mask.
 MASKED = -1e4
+# Adding this leaves nothing of a score: a row that is hidden whole holds equal numbers.
+ABSORBS = -1e30
 
 Terms: TypeAlias = tuple[Term, ...]
 
@@ -150,7 +152,12 @@ class Prover:
         bias = self._bias(kept[1:], terms, keep, geometry, dtype)
         if isinstance(bias, Refusal):
             return Proof(bias)
-        found = replace(found, binary=tuple(sorted(n for each in kept for n in each.binary)))
+        padded = found.valid is not None or found.hidden is not None
+        found = replace(
+            found,
+            binary=tuple(sorted(n for each in kept for n in each.binary)),
+            averages=padded and penalty is not None and penalty <= ABSORBS,
+        )
         return Proof(self._unusable(found, bias, penalty, geometry, mask, reader) or found, bias)
 
     def _bias(
