@@ -88,7 +88,7 @@ def _bare(decision: Decision) -> Any:
     """The site without what rewriting does not read."""
     site = decision.site
     assert isinstance(site.mask, Mask)
-    return replace(site, mask_node=None, mask=replace(site.mask, buffers=()))
+    return replace(site, mask_node=None, mask=replace(site.mask, buffers=(), binary=()))
 
 
 def _mapped(value: Any, change: Callable[[fx.Node], Any]) -> Any:
