@@ -184,10 +184,14 @@ def _tables() -> tuple[dict[str, _Row], dict[Callable[..., Any], tuple[_Row, boo
 
 
 _BY_NAME, _BY_FUNCTION = _tables()
-_INPLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor")
-} | {operator.setitem}
+_INPLACE_NAMES = {
+    f"i{name}"
+    for name in (
+        "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor"
+    ).split()
+} | {"setitem", "delitem"}
+_INPLACE_OPERATORS = {getattr(operator, name) for name in _INPLACE_NAMES}
+_INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_NAMES}
 
 
 def view(node: fx.Node) -> Op | None:
@@ -223,6 +227,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     if node.op in ("call_method", "call_function"):
         spelled = name(node)
         trailing = spelled.endswith("_") and not spelled.endswith("__")
+        trailing = trailing or spelled in _INPLACE_METHODS
         # operator.and_, or_ and not_ write nothing.
         of_operator = getattr(target, "__module__", "") == "_operator"
         if (trailing and not of_operator) or target in _INPLACE_OPERATORS:

@@ -17,8 +17,6 @@ from nsa_compile.passes.visibility import Visibility, row
 # Two rows past the compressed blocks keep their number from ever being 0 or 1, sizes that torch
 # compiles separately for: one dynamic compilation serves short sequences too.
 _SPARE_ROWS = 2
-_BINARY = "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor"
-_IN_PLACE_OPERATORS = {f"i{name}" for name in _BINARY.split()} | {"setitem", "delitem"}
 
 
 class Rewriter:
@@ -177,12 +175,6 @@ def erase_unused(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
 def _is_pure(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return True
-    if node.op == "call_method":
-        return isinstance(node.target, str) and not node.target.endswith("_")
-    if node.op != "call_function" or node.is_impure() or "out" in node.kwargs:
+    if node.op not in ("call_method", "call_function"):
         return False
-    name = getattr(node.target, "__name__", "")
-    module = getattr(node.target, "__module__", "")
-    if module == "_operator":  # and_, or_ and not_ write nothing
-        return name not in _IN_PLACE_OPERATORS
-    return not name.endswith("_")
+    return not node.is_impure() and not dialect.written(node)

@@ -129,6 +129,9 @@ def test_writes_that_have_no_row() -> None:
     assert dialect.written(add) == [add.args[0]]
     dropout = node(torch.dropout_, "x", 0.5, True)
     assert dialect.written(dropout) == [dropout.args[0]]
+    for target in ("__iadd__", "__setitem__", operator.ilshift, operator.delitem):
+        written = node(target, "x", 1)
+        assert dialect.written(written) == [written.args[0]]
     assert dialect.written(node("__and__", "x", 1)) == []
     assert dialect.written(node(operator.and_, "x", 1)) == []
     assert dialect.written(node(aten.add.Tensor, "x", "x")) == []
