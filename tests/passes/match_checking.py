@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
 from nsa_compile.passes.masks.evaluate import evaluate
-from nsa_compile.passes.match import find_sites
 from nsa_compile.passes.site import AttentionSite, Mask, Steps
-from tests.passes.checking import buffers, verdict
+from tests.passes.checking import Checker
 
 
-@dataclass
-class Matched:
-    """``torch.compile(f, backend=matched)`` runs f and compares every site with its result.
+class Matched(Checker):
+    """``torch.compile(f, backend=matched)`` runs f and compares every site with its result."""
 
-    Attributes:
-        graphs: the captured graphs.
-        sites: their sites, in order of capture.
-        checked: how many (call, site) pairs were compared.
-    """
+    may_guard = True  # a run-time float that enters the formula is fixed by one
 
-    graphs: list[fx.GraphModule] = field(default_factory=list)
-    sites: list[AttentionSite] = field(default_factory=list)
-    checked: int = 0
-
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        before = str(gm.graph)
-        sites = find_sites(gm, values=buffers(gm, inputs))
-        assert str(gm.graph) == before, "find_sites changed the graph"
-        self.graphs.append(gm)
-        self.sites += sites
-
-        def run(*args: Any) -> Any:
-            recorder = Recorder(gm, sites)
-            result = recorder.run(*args)
-            for site in sites:
-                if isinstance(site.mask, Mask):
-                    recorder.compare(site)
-                    self.checked += 1
-            return result
-
-        return run
-
-    @property
-    def site(self) -> AttentionSite:
-        """The only site."""
-        (site,) = self.sites
-        return site
-
-    @property
-    def masks(self) -> list[str]:
-        """Mask class or reason code of every site."""
-        return [verdict(site) for site in self.sites]
+    def recorder(self, gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> Recorder:
+        return Recorder(gm, sites)
 
 
 def match(f: Callable[..., Any], *calls: tuple[Any, ...], dynamic: bool | None = None) -> Matched:
