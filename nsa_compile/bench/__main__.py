@@ -1,0 +1,43 @@
+"""``python -m nsa_compile.bench``: measure, print the table, say where sparse pays."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+
+from nsa_compile.bench.advice import break_evens
+from nsa_compile.bench.arguments import parse
+from nsa_compile.bench.document import DocumentError, document, hardware, load
+from nsa_compile.bench.plot import PlotError, plot
+from nsa_compile.bench.rows import run
+from nsa_compile.bench.table import table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(sys.argv[1:] if arguments is None else arguments)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)
+    try:
+        if given.load is not None:
+            settings, device, rows = load(given.load)
+        else:
+            settings, device = given.settings, hardware(given.settings.device)
+            rows = run(settings, console)
+        console.print(table(settings, device, rows))
+        for found in break_evens(rows):
+            console.print(str(found), highlight=False)
+        if given.json is not None:
+            given.json.write_text(json.dumps(document(settings, rows), indent=1) + "\n")
+        if given.plot is not None:
+            plot(settings, device, rows, given.plot)
+    except (DocumentError, PlotError, OSError) as error:
+        print(f"nsa_compile.bench: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,137 @@
+"""Measures every path at every length and head count."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from nsa_compile.bench.paths import (
+    ConvertedPath,
+    backward_of,
+    dense,
+    fastest_dense,
+    forward_and_backward,
+)
+from nsa_compile.bench.settings import Settings
+from nsa_compile.bench.timing import Timing, measure, peak_bytes, replayed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What attention takes: times forward and backward, and the peak of memory over both."""
+
+    forward: Timing
+    backward: Timing | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def step(self) -> float:
+        """Milliseconds of forward and, where it was measured, backward."""
+        return self.forward.median + (self.backward.median if self.backward else 0.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a path at one length and head count.
+
+    Args:
+        converted: the path as configured; dense up to ``dense_len`` tokens.
+        sparse: the same at ``dense_len=0``; that of ``converted`` above ``dense_len``.
+        stages: forward times of the operators of ``sparse``.
+    """
+
+    q_heads: int
+    kv_heads: int
+    length: int
+    path: str
+    dense_backend: str
+    dense: Cost
+    converted: Cost
+    sparse: Cost
+    is_dense: bool
+    stages: dict[str, Timing] = field(default_factory=dict)
+
+    @property
+    def forward_ratio(self) -> float:
+        return self.converted.forward.median / self.dense.forward.median
+
+    @property
+    def backward_ratio(self) -> float | None:
+        if self.converted.backward is None or self.dense.backward is None:
+            return None
+        return self.converted.backward.median / self.dense.backward.median
+
+    @property
+    def memory_ratio(self) -> float | None:
+        if self.converted.peak_bytes is None or self.dense.peak_bytes is None:
+            return None
+        return self.converted.peak_bytes / self.dense.peak_bytes
+
+
+def run(settings: Settings, console: Console) -> list[Row]:
+    """Every length and head count; a shape that does not fit into memory is named and left out."""
+    import nsa_compile.kernels.library  # noqa: F401
+
+    rows: list[Row] = []
+    shapes = [(heads, length) for heads in settings.heads for length in settings.lengths]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(shapes))
+        for heads, length in shapes:
+            name = f"{heads[0]}/{heads[1]} heads, {length:,} tokens"
+
+            def step(what: str, name: str = name) -> None:
+                progress.update(task, description=f"{name}: {what}")
+
+            try:
+                rows += _measure_shape(settings, heads, length, step)
+            except torch.OutOfMemoryError:
+                console.print(f"{name}: out of memory, left out")
+            if settings.device == "cuda":
+                torch.cuda.empty_cache()
+            progress.advance(task)
+    return rows
+
+
+def _measure_shape(
+    settings: Settings, heads: tuple[int, int], length: int, step: Callable[[str], None]
+) -> list[Row]:
+    """The rows of one length and head count: one for each path."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, settings.dtype)
+    qkv = tuple(
+        torch.randn(1, length, h, settings.dim, dtype=dtype, device=settings.device).transpose(1, 2)
+        for h in (heads[0], heads[1], heads[1])
+    )
+    with fastest_dense(settings.device, qkv) as backend:
+        step("dense")
+        reference = _cost(settings, dense, qkv)
+    rows = []
+    for name in settings.paths:
+        step(name)
+        path = ConvertedPath(settings, name)
+        is_dense = length <= settings.dense_len
+        converted = _cost(settings, path, qkv)
+        sparse = _cost(settings, path.sparse(), qkv) if is_dense else converted
+        stages = {
+            stage: measure(call, settings.device, settings.budget_ms)
+            for stage, call in path.sparse().stages(*qkv).items()
+        }
+        rows.append(
+            Row(*heads, length, name, backend, reference, converted, sparse, is_dense, stages)
+        )
+    return rows
+
+
+def _cost(settings: Settings, path: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> Cost:
+    device, budget = settings.device, settings.budget_ms
+    forward = measure(replayed(functools.partial(path, *qkv), device), device, budget)
+    if not settings.backward:
+        return Cost(forward)
+    peak = peak_bytes(functools.partial(forward_and_backward, path, qkv), device)
+    return Cost(forward, measure(backward_of(path, qkv), device, budget), peak)
