@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 import weakref
@@ -23,6 +22,7 @@ from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.passes.cost import failed_record, record
 from nsa_compile.passes.pipeline import Conversion, analyse, rewrite
 from nsa_compile.passes.site import SiteRecord
+from nsa_compile.passes.snapshot import Snapshot
 
 Compiled = Callable[..., Any]
 
@@ -70,7 +70,7 @@ def nsa(
     _enforce_strict(config, entry.records)
     if not conversion.converts:
         return _inner(gm, example_inputs, config, mode)
-    original = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    original = Snapshot(gm)
     guarded = [(_position(gm, node), values[node]) for node in conversion.guarded]
     binary = [_position(gm, node) for node in conversion.binary]
     try:
@@ -80,11 +80,15 @@ def nsa(
         if _is_control_flow(error):
             compilations.discard(entry)
             raise
-        return _untouched(original, example_inputs, config, mode, entry, error)
+        return _untouched(original.module(), example_inputs, config, mode, entry, error)
     if not guarded and not binary:
         return compiled
     return GuardedCallable(
-        compiled, lambda: _inner(original, example_inputs, config, mode), guarded, binary, entry
+        compiled,
+        lambda: _inner(original.module(), example_inputs, config, mode),
+        guarded,
+        binary,
+        entry,
     )
 
 

@@ -18,10 +18,16 @@ _METADATA = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
 class Caller:
-    """Appends calls at the graph's insertion point, on behalf of the node ``origin``."""
+    """Appends calls at the graph's insertion point, on behalf of the node ``origin``.
 
-    def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
+    ``owner`` is the module whose attributes ``origin`` names, where that is of interest.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, origin: fx.Node, owner: fx.GraphModule | None = None
+    ) -> None:
         self.graph = graph
+        self.owner = owner
         self.metadata = {key: origin.meta[key] for key in _METADATA if key in origin.meta}
         self.mode = _fake_mode(origin)
 

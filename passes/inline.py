@@ -25,7 +25,7 @@ _CALLS = {
     "wrap_with_set_grad_enabled": (1, 2),
     "wrap_with_autocast": (4, 5),
 }
-_ATTENTION = ("softmax", "attention")
+_ATTENTION = ("softmax", "attention", "encoder_layer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,37 +52,66 @@ class Body:
 
 @dataclass
 class Inlined:
-    """A graph without borders, and where each of its nodes comes from.
+    """A copy of a graph without borders, and where each of its nodes comes from.
 
     Attributes:
+        given: the graph that was copied.
         origin: the body in which a node stands (None: the outermost graph), and the node there.
         held: what holds a node in another body: a placeholder, or the result of a call.
+        replaces: nodes of this copy that are to stand in place of another one, in its terms.
     """
 
+    given: fx.GraphModule
     module: fx.GraphModule
     origin: dict[fx.Node, tuple[Body | None, fx.Node]] = field(default_factory=dict)
     held: dict[tuple[Body | None, fx.Node], fx.Node] = field(default_factory=dict)
+    replaces: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def inside(self, node: fx.Node, body: Body | None) -> fx.Node | None:
         """The node of ``body`` that holds ``node``; None when it comes from outside."""
         owner, origin = self.origin[node]
         return origin if owner is body else self.held.get((body, node))
 
+    def site(self, output: fx.Node) -> tuple[Body | None, fx.Node]:
+        """The body where the attention ``output`` stands, and the node there that computes it."""
+        return self.origin[self.replaces.get(output, output)]
+
+    def owner(self, node: fx.Node) -> fx.GraphModule:
+        """The module in whose graph ``node`` stands."""
+        body = self.origin[node][0]
+        return self.given if body is None else body.module
+
     def copies(self) -> dict[fx.Node, fx.Node]:
         """Nodes of the outermost graph to their copies."""
         return {node: copy for copy, (body, node) in self.origin.items() if body is None}
 
-    def in_bodies(self) -> list[fx.Node]:
-        """The nodes that stand in a body."""
-        return [copy for copy, (body, _) in self.origin.items() if body is not None]
+    def bodies(self) -> list[Body]:
+        """Every call of a body that was inlined."""
+        return list({body: None for body, _ in self.origin.values() if body is not None})
+
+    def shared(self) -> set[fx.GraphModule]:
+        """The inlined bodies that something besides the inlined calls uses too."""
+        calls: dict[fx.GraphModule, set[fx.Node]] = {}
+        for body in self.bodies():
+            calls.setdefault(body.module, set()).add(body.call)
+        users: dict[fx.GraphModule, set[fx.Node]] = {}
+        for owner in dict.fromkeys((self.given, *_graphs(self.given))):
+            for node in owner.graph.find_nodes(op="get_attr"):
+                held = getattr(owner, str(node.target), None)
+                if held in calls:
+                    users.setdefault(held, set()).update(node.users)
+        return {module for module, known in calls.items() if users.get(module) != known}
 
 
-def inline(gm: fx.GraphModule) -> Inlined | None:
-    """A copy of ``gm`` with the bodies inlined that hold an attention; None when there are none."""
-    if not any(_body(gm, node, None) for node in gm.graph.nodes):
+def inline(gm: fx.GraphModule, *, always: bool = False) -> Inlined | None:
+    """A copy of ``gm`` with the bodies inlined that hold an attention.
+
+    None when there are none, unless a copy is wanted ``always``.
+    """
+    if not always and not any(_body(gm, node, None) for node in gm.graph.nodes):
         return None
     module = fx.GraphModule(nn.Module(), fx.Graph())
-    inlined = Inlined(module)
+    inlined = Inlined(gm, module)
     graph = fx.Graph()
     _copy(gm, None, {}, graph, inlined)
     # Assigned past the setter: this graph is read, never run, and need not be compiled.
@@ -133,7 +162,7 @@ def _body(gm: fx.GraphModule, node: fx.Node, parent: Body | None) -> Body | None
     if not isinstance(holder, fx.Node) or holder.op != "get_attr":
         return None
     module = getattr(gm, str(holder.target), None)
-    if not isinstance(module, fx.GraphModule) or not _attends(module):
+    if not isinstance(module, fx.GraphModule) or not attends(module):
         return None
     for user in node.users:
         if user.target is not operator.getitem or not isinstance(user.args[1], int):
@@ -142,13 +171,16 @@ def _body(gm: fx.GraphModule, node: fx.Node, parent: Body | None) -> Body | None
     return body if len(body.operands()) == len(body.placeholders()) else None
 
 
-def _attends(module: fx.GraphModule) -> bool:
+def attends(module: fx.GraphModule) -> bool:
     """Whether ``module`` or a body in it may hold an attention."""
-    modules = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     return any(
         word in dialect.name(node)
-        for each in modules
+        for each in (module, *_graphs(module))
         for node in each.graph.nodes
         if node.op.startswith("call")
         for word in _ATTENTION
     )
+
+
+def _graphs(module: fx.GraphModule) -> list[fx.GraphModule]:
+    return [m for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module]

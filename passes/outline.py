@@ -22,32 +22,20 @@ def agreed(decisions: Iterable[Decision], inlined: Inlined) -> tuple[Decision, .
     A body that several calls share is rewritten once, for all of them.
     """
     decisions = tuple(decisions)
+    elsewhere = inlined.shared()
     shapes: dict[fx.Node, set[Any]] = {}
     for decision in decisions:
-        body, node = inlined.origin[decision.site.output]
+        body, node = inlined.site(decision.site.output)
         if body is not None:
             found = shapes.setdefault(node, set())
             found.add(_shape(decision, body, inlined))
-            if not all(_reachable(n, body, inlined) for n in _reads(decision)):
-                found.add(None)
+            reachable = all(_reachable(n, body, inlined) for n in _reads(decision))
+            if body.module in elsewhere or not reachable:
+                found |= {None, ()}
     return tuple(
-        _withdrawn(each) if _differs(shapes.get(inlined.origin[each.site.output][1])) else each
+        _withdrawn(each) if len(shapes.get(inlined.site(each.site.output)[1], ())) > 1 else each
         for each in decisions
     )
-
-
-def outermost(decisions: Iterable[Decision], inlined: Inlined) -> tuple[Decision, ...]:
-    """The decisions on sites of the outermost graph, by their outputs there."""
-    found = []
-    for decision in decisions:
-        body, node = inlined.origin[decision.site.output]
-        if body is None:
-            found.append(replace(decision, site=replace(decision.site, output=node)))
-    return tuple(found)
-
-
-def _differs(shapes: set[Any] | None) -> bool:
-    return shapes is not None and len(shapes) > 1
 
 
 def _withdrawn(decision: Decision) -> Decision:
@@ -112,60 +100,65 @@ def _reads(decision: Decision) -> list[fx.Node]:
 
 
 class Outliner:
-    """Rewrites converted sites where they stand: in the graph itself, or in a copy of a body.
+    """Rewrites converted sites where they stand: in the graph itself, or in a body, in place.
 
-    Bodies are copied, since the untouched graph must stay usable. What a rewritten site reads from
-    outside its body becomes one more operand of every call.
+    What a rewritten site reads from outside its body becomes one more operand of every call.
     """
 
     def __init__(self, gm: fx.GraphModule, inlined: Inlined) -> None:
         self.gm = gm
         self.inlined = inlined
-        self._copies: dict[fx.GraphModule, tuple[fx.GraphModule, dict[fx.Node, fx.Node]]] = {}
+        # Every call of each body, and the bodies that change.
+        self._calls: dict[fx.GraphModule, list[Body]] = {}
+        self._changed: set[fx.GraphModule] = set()
+        for body in inlined.bodies():
+            self._calls.setdefault(body.module, []).append(body)
 
     def apply(self, decisions: Iterable[Decision]) -> None:
         """Rewrite every converted site."""
-        sites: dict[tuple[Any, fx.Node], list[tuple[Body | None, Decision]]] = {}
+        sites: dict[fx.Node, list[tuple[Body | None, Decision]]] = {}
         for decision in decisions:
             if decision.converted:
                 body, node = self.inlined.origin[decision.site.output]
-                sites.setdefault((body and body.module, node), []).append((body, decision))
+                sites.setdefault(node, []).append((body, decision))
         local: dict[fx.GraphModule, list[Decision]] = {}
+        used = self._used()
         for calls in sites.values():
-            bodies = [body for body, _ in calls if body is not None]
-            module = self._module(bodies[0]) if bodies else self.gm
+            body = calls[0][0]
+            module = self.gm if body is None else body.module
             local.setdefault(module, []).append(self._localised(calls))
+            for each, _ in calls:
+                self._touch(each)
         for module, inside in local.items():
             Rewriter(module).apply(inside)
-        for body, calls in self._bodies():
-            self._drop_unused(body, calls)
-        for module, _ in self._copies.values():
+        changed = [bodies for module, bodies in self._calls.items() if module in self._changed]
+        for bodies in sorted(changed, key=lambda each: -_depth(each[0])):
+            self._drop_unused(bodies, used)
+        for module in (*self._changed, self.gm):
             module.recompile()
-        self.gm.recompile()
 
-    def _bodies(self) -> list[tuple[Body, list[fx.Node]]]:
-        """The rewritten bodies, inner ones first, and the calls of each."""
-        calls: dict[fx.GraphModule, tuple[Body, list[fx.Node]]] = {}
-        for body in {b: None for b, _ in self.inlined.origin.values() if b is not None}:
-            if body.module in self._copies:
-                _, found = calls.setdefault(body.module, (body, []))
-                if self._call(body) not in found:
-                    found.append(self._call(body))
-        return sorted(calls.values(), key=lambda each: -_depth(each[0]))
+    def _used(self) -> set[fx.Node]:
+        """The placeholders of bodies that something reads as long as nothing is rewritten."""
+        calls = self._calls.values()
+        return {p for body, *_ in calls for p in body.placeholders() if p.users}
 
-    def _drop_unused(self, body: Body, calls: list[fx.Node]) -> None:
+    def _touch(self, body: Body | None) -> None:
+        """Note that ``body`` changes, and with it those around it, whose operands may change."""
+        while body is not None:
+            self._changed.add(body.module)
+            body = body.parent
+
+    def _drop_unused(self, calls: list[Body], used: set[fx.Node]) -> None:
         """Take away operands that nothing reads any more: a mask that is now computed in place."""
-        module, copies = self._copies[body.module]
-        placeholders = list(module.graph.find_nodes(op="placeholder"))
-        before = {copies[p] for p in body.placeholders() if p.users}
-        unused = {at for at, p in enumerate(placeholders) if p in before and not p.users}
-        for call in calls:
-            operands = call.args[body.first :]
+        placeholders = calls[0].placeholders()
+        unused = {at for at, p in enumerate(placeholders) if p in used and not p.users}
+        for call, first in {body.call: body.first for body in calls}.items():
+            operands = call.args[first:]
             kept = [o for at, o in enumerate(operands) if at not in unused]
-            call.args = (*call.args[: body.first], *kept)
+            call.args = (*call.args[:first], *kept)
             erase_unused(call.graph, [o for o in operands if isinstance(o, fx.Node)])
         for at in unused:
-            module.graph.erase_node(placeholders[at])
+            placeholders[at].graph.erase_node(placeholders[at])
 
     def _localised(self, calls: list[tuple[Body | None, Decision]]) -> Decision:
         """The decision in terms of the graph that is rewritten, for all ``calls`` of it."""
@@ -184,53 +177,17 @@ class Outliner:
     ) -> fx.Node:
         """``node`` in the graph of ``body``; one more operand of ``calls`` if it is outside."""
         found = self.inlined.inside(node, body)
-        if body is None:
-            assert found is not None
-            return found
-        module, copies = self._copied(body)
         if found is not None:
-            return copies[found]
+            return found
+        assert body is not None
         done: set[fx.Node] = set()
         for each, outside in calls:
             assert each is not None
-            call = self._call(each)
-            if call not in done:
-                done.add(call)
+            if each.call not in done:
+                done.add(each.call)
                 held = self._bring(outside, each.parent, [(each.parent, outside)])
-                call.args = (*call.args, held)
-        return _placeholder(module, node)
-
-    def _module(self, body: Body) -> fx.GraphModule:
-        return self._copied(body)[0]
-
-    def _copied(self, body: Body) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-        """The copy of ``body`` that is rewritten, put in the place of the original."""
-        if body.module not in self._copies:
-            graph = fx.Graph()
-            copies: dict[fx.Node, fx.Node] = {}
-            graph.output(graph.graph_copy(body.module.graph, copies))
-            module = fx.GraphModule(body.module, graph)
-            module.meta.update(body.module.meta)
-            self._copies[body.module] = module, copies
-        module, copies = self._copies[body.module]
-        self._redirect(body, module)
-        return module, copies
-
-    def _redirect(self, body: Body, module: fx.GraphModule) -> None:
-        """Let the call of ``body`` call ``module``."""
-        owner = self.gm if body.parent is None else self._module(body.parent)
-        call = self._call(body)
-        holder = next(a for a in call.args if isinstance(a, fx.Node) and a.op == "get_attr")
-        if getattr(owner, str(holder.target)) is not module:
-            name = f"nsa_{holder.target}"
-            owner.add_module(name, module)
-            holder.target = name
-
-    def _call(self, body: Body) -> fx.Node:
-        """The call of ``body`` in the graph that is rewritten."""
-        if body.parent is None:
-            return body.call
-        return self._copied(body.parent)[1][body.call]
+                each.call.args = (*each.call.args, held)
+        return _placeholder(body.module, node)
 
 
 def _depth(body: Body | None) -> int:

@@ -10,12 +10,12 @@ from torch import fx
 
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.decide import decide
-from nsa_compile.passes.inline import Inlined, inline
-from nsa_compile.passes.lower import lower, not_spelled_out
+from nsa_compile.passes.inline import inline
+from nsa_compile.passes.lower import Lowering, hides, lower
 from nsa_compile.passes.match import find_sites
-from nsa_compile.passes.outline import Outliner, agreed, outermost
+from nsa_compile.passes.outline import Outliner, agreed
 from nsa_compile.passes.rewrite import Rewriter
-from nsa_compile.passes.site import Decision, Mask
+from nsa_compile.passes.site import AttentionSite, Decision, Mask
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,15 @@ class Conversion:
         guarded: placeholders of the analysed graph whose values a proof read; the conversion holds
             while they keep them.
         binary: placeholders that a proof takes to hold 0 and 1 only; checked at every call.
-        lowered: a copy of the graph, on whose nodes the decisions stand, where attention calls
-            that hide inside one node are spelled out; None when there are none.
-        inlined: a copy of the graph without higher-order operators, on whose nodes the decisions
-            stand in place of the graph's own; None when there are none.
+        reading: how the graph was read, where not as it is: with the bodies of higher-order
+            operators inlined and hidden attention spelled out, in a copy on whose nodes the
+            decisions stand.
     """
 
     decisions: tuple[Decision, ...]
     guarded: tuple[fx.Node, ...]
     binary: tuple[fx.Node, ...] = ()
-    lowered: fx.Graph | None = None
-    inlined: Inlined | None = None
+    reading: Lowering | None = None
 
     @property
     def converts(self) -> bool:
@@ -55,52 +53,46 @@ def analyse(
         values: real tensors of placeholders whose value may be read (buffers, constants).
     """
     known = dict(values or {})
-    lowering = lower(gm)
-    if lowering is not None:
-        known = {lowering.nodes[node]: tensor for node, tensor in known.items()}
-        gm = fx.GraphModule(gm, lowering.graph)
-    inlined = inline(gm)
-    if inlined is not None:
+    inlined = inline(gm, always=hides(gm))
+    reading = None if inlined is None else lower(inlined)
+    refused: list[AttentionSite] = []
+    if inlined is not None and reading is not None:
         copies = inlined.copies()
         known = {copies[node]: tensor for node, tensor in known.items()}
         gm = inlined.module
-    sites = find_sites(gm, values=known) + (lowering.refused if lowering is not None else [])
-    if inlined is not None:
-        sites += not_spelled_out(inlined.in_bodies())
+        refused = reading.refused
+    sites = find_sites(gm, values=known) + refused
     decisions = tuple(decide(site, config) for site in sites)
     if inlined is not None:
         decisions = agreed(decisions, inlined)
-    if lowering is not None:
-        lowering.settle(decisions if inlined is None else outermost(decisions, inlined))
+    masks = [d.site.mask for d in decisions if d.converted and isinstance(d.site.mask, Mask)]
 
     def inputs(nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
         """The placeholders of the given graph that ``nodes`` are copies of."""
-        originals = list(dict.fromkeys(nodes))
-        if inlined is not None:
-            originals = [inlined.origin[n][1] for n in originals]
-        if lowering is not None:
-            given = {copy: node for node, copy in lowering.nodes.items()}
-            originals = [given[n] for n in originals]
-        return tuple(originals)
+        found = dict.fromkeys(nodes)
+        return tuple(n if inlined is None else inlined.origin[n][1] for n in found)
 
-    masks = [d.site.mask for d in decisions if d.converted and isinstance(d.site.mask, Mask)]
     return Conversion(
         decisions,
         guarded=inputs(n for mask in masks for n in mask.buffers),
         binary=inputs(n for mask in masks for n in mask.binary),
-        lowered=None if lowering is None else lowering.graph,
-        inlined=inlined,
+        reading=reading,
     )
 
 
 def rewrite(gm: fx.GraphModule, conversion: Conversion) -> None:
-    """Rewrite the converted sites of ``gm``, which ``conversion`` was made from, in place."""
-    if conversion.lowered is not None:
-        gm.graph = conversion.lowered
-    if conversion.inlined is not None:
-        Outliner(gm, conversion.inlined).apply(conversion.decisions)
-    else:
+    """Rewrite the converted sites of ``gm``, which ``conversion`` was made from, in place.
+
+    A failure leaves ``gm`` half rewritten: :class:`~nsa_compile.passes.snapshot.Snapshot`
+    remembers what it was.
+    """
+    reading = conversion.reading
+    if reading is None:
         Rewriter(gm).apply(conversion.decisions)
+        gm.recompile()
+        return
+    reading.settle(conversion.decisions)
+    Outliner(gm, reading.inlined).apply(conversion.decisions)
 
 
 def convert(

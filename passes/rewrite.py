@@ -45,14 +45,13 @@ class Rewriter:
         self._visibility = Visibility()
 
     def apply(self, decisions: Iterable[Decision]) -> None:
-        """Rewrite every converted site, then drop what became unused and recompile the graph."""
+        """Rewrite every converted site, then drop what became unused. Does not recompile."""
         dead: list[fx.Node] = []
         for decision in decisions:
             if decision.converted:
                 dead += self._replace(decision)
         erase_unused(self.gm.graph, dead)
         self.gm.graph.lint()
-        self.gm.recompile()
 
     def _replace(self, decision: Decision) -> list[fx.Node]:
         """Replace one site; returns the inputs that the old attention no longer uses."""

@@ -64,8 +64,8 @@ def _inlined(
     node: fx.Node, body: Any, inputs: Sequence[fx.Node], buffers: Any, call: Caller
 ) -> fx.Node:
     """The result of a mod's program, which is written for one score, on all of them at once."""
-    module = body.meta.get("nsa_body") if isinstance(body, fx.Node) else None
-    if module is None:
+    module = getattr(call.owner, str(body.target), None) if isinstance(body, fx.Node) else None
+    if not isinstance(module, fx.GraphModule):
         _refuse(node, "a mod whose program is not in the graph")
     known: dict[fx.Node, Any] = {}
     given = iter((*inputs, *buffers))

@@ -1,4 +1,4 @@
-"""Find the calls that hide an attention and spell them out in a copy of the graph."""
+"""Find the calls that hide an attention and spell them out, first in a copy of the graph."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.emit import Caller
+from nsa_compile.passes.inline import Inlined
 from nsa_compile.passes.lower.calls import Unsupported, encoder_layer, multi_head, native_multi_head
 from nsa_compile.passes.lower.flex import flex
 from nsa_compile.passes.match import origin
@@ -41,80 +42,84 @@ class _Form:
 
 @dataclass
 class Lowering:
-    """A copy of a graph in which attention calls are spelled out, each beside its original.
+    """The attention calls of a copy of a graph, each spelled out beside its original.
 
     Attributes:
-        graph: the copy; equal to the original once every form is taken back.
-        nodes: original nodes to their copies.
         refused: sites of the calls that cannot be spelled out.
     """
 
-    graph: fx.Graph
-    nodes: dict[fx.Node, fx.Node]
+    inlined: Inlined
     refused: list[AttentionSite] = field(default_factory=list)
-    _forms: list[_Form] = field(default_factory=list)
-
-    def settle(self, decisions: tuple[Decision, ...]) -> None:
-        """Let converted forms replace their calls; take the others out again."""
-        converted = {d.site.output for d in decisions if d.converted}
-        for form in self._forms:
-            if form.attention in converted:
-                _connect(form)
-            else:
-                for node in reversed(form.new):
-                    self.graph.erase_node(node)
+    # By the call in the given graph, which stands in the copy once for each call of its body.
+    _forms: dict[fx.Node, list[_Form]] = field(default_factory=dict)
 
     def add(self, call: fx.Node) -> None:
         """Spell out ``call``, or remember why not."""
-        spelling, build = _CALLS[call.target]
+        body, original = self.inlined.origin[call]
         before = call.prev
         try:
-            _check_weights(call)
-            with self.graph.inserting_before(call):
-                results = build(call, Caller(self.graph, call))
+            _check_weights(original)
+            form = _spell_out(call, self.inlined.owner(call))
+            forms = self._forms.setdefault(original, [])
+            first = next(iter(forms), form)
+            _check_same(form, first)
         except Unsupported as refusal:
-            self._erase_between(before, call)
-            self.refused.append(_site(call, spelling, refusal.refusal))
+            for node in reversed(_between(before, call)):
+                call.graph.erase_node(node)
+            self.refused.append(_site(call, _CALLS[call.target][0], refusal.refusal))
             return
-        new = _between(before, call)
-        # Spelled out in full, the attention is the last node; else it is one call among others.
-        attention = next((n for n in new if n.target is _SDPA), new[-1])
-        attention.meta["nsa_spelling"] = spelling
-        self._forms.append(_Form(call, attention, new, results))
+        forms.append(form)
+        self.inlined.replaces[form.attention] = call
+        # The calls of one body share what they are spelled out as: the first one's nodes.
+        for node, shared in zip(form.new, first.new, strict=True):
+            self.inlined.origin[node] = (body, shared)
 
-    def _erase_between(self, before: fx.Node, call: fx.Node) -> None:
-        for node in reversed(_between(before, call)):
-            self.graph.erase_node(node)
+    def settle(self, decisions: Iterable[Decision]) -> None:
+        """Spell out the calls of converted forms in the graphs where they stand."""
+        converted = {d.site.output for d in decisions if d.converted}
+        real: dict[fx.Node, fx.Node] = {}
+        for original, forms in self._forms.items():
+            if any(form.attention in converted for form in forms):
+                form = _spell_out(original, self.inlined.owner(forms[0].call))
+                real.update(zip(forms[0].new, form.new, strict=True))
+                real.update(_connect(form))
+        for node, (body, known) in self.inlined.origin.items():
+            if known in real:
+                self.inlined.origin[node] = (body, real[known])
 
 
-def lower(gm: fx.GraphModule) -> Lowering | None:
-    """A copy of the graph of ``gm`` with its attention calls spelled out; None when it has none."""
-    if not any(node.target in _CALLS for node in gm.graph.nodes if node.op == "call_function"):
-        return None
-    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in gm.graph.nodes:
-        nodes[node] = graph.node_copy(node, nodes.__getitem__)
-        held = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(held, fx.GraphModule):
-            nodes[node].meta["nsa_body"] = held
-    lowering = Lowering(graph, nodes)
-    for node in list(graph.nodes):
+def hides(gm: fx.GraphModule) -> bool:
+    """Whether the graph of ``gm`` has calls that hide an attention."""
+    return any(node.target in _CALLS for node in gm.graph.nodes if node.op == "call_function")
+
+
+def lower(inlined: Inlined) -> Lowering:
+    """Spell out the attention calls of ``inlined``, which is a copy and may be written to."""
+    lowering = Lowering(inlined)
+    for node in list(inlined.module.graph.nodes):
         if node.op == "call_function" and node.target in _CALLS:
             lowering.add(node)
     return lowering
 
 
-def not_spelled_out(calls: Iterable[fx.Node]) -> list[AttentionSite]:
-    """The sites of those ``calls`` that hide an attention, where they cannot be spelled out."""
-    return [
-        _site(call, _CALLS[call.target][0], Refusal(Reason.UNRECOGNISED_ATTENTION, _within(call)))
-        for call in calls
-        if call.op == "call_function" and call.target in _CALLS
-    ]
+def _spell_out(call: fx.Node, owner: fx.GraphModule) -> _Form:
+    """New nodes before ``call`` that compute what it computes; ``owner`` holds what it names."""
+    spelling, build = _CALLS[call.target]
+    before = call.prev
+    with call.graph.inserting_before(call):
+        results = build(call, Caller(call.graph, call, owner))
+    new = _between(before, call)
+    # Spelled out in full, the attention is the last node; else it is one call among others.
+    attention = next((n for n in new if n.target is _SDPA), new[-1])
+    attention.meta["nsa_spelling"] = spelling
+    return _Form(call, attention, new, results)
 
 
-def _within(call: fx.Node) -> str:
-    return f"node {dialect.describe(call)} inside a higher-order operator (a checkpointed layer)"
+def _check_same(form: _Form, first: _Form) -> None:
+    """A body that several calls share is rewritten once: they must be spelled out alike."""
+    if [node.target for node in form.new] != [node.target for node in first.new]:
+        why = f"node {dialect.describe(form.call)}: another call of the same body differs"
+        raise Unsupported(Refusal(Reason.UNRECOGNISED_ATTENTION, why))
 
 
 def _between(before: fx.Node, call: fx.Node) -> list[fx.Node]:
@@ -125,17 +130,21 @@ def _between(before: fx.Node, call: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _connect(form: _Form) -> None:
-    """Point the users of the call at the spelled-out results."""
+def _connect(form: _Form) -> dict[fx.Node, fx.Node]:
+    """Point the users of the call at the spelled-out results; returns what its outputs became."""
+    became = {}
     for user in list(form.call.users):
-        if user.target is operator.getitem and user.args[1] in form.results:
-            user.replace_all_uses_with(form.results[user.args[1]])
+        if user.target is operator.getitem:
+            # Weights have no users here, and no result.
+            if user.args[1] in form.results:
+                became[user] = form.results[user.args[1]]
+                user.replace_all_uses_with(became[user])
             user.graph.erase_node(user)
-        elif user.target is operator.getitem:
-            user.graph.erase_node(user)  # weights that nobody reads
     if form.call.users:
+        became[form.call] = form.results[-1]
         form.call.replace_all_uses_with(form.results[-1])
     form.call.graph.erase_node(form.call)
+    return became
 
 
 def _check_weights(call: fx.Node) -> None:

@@ -1,8 +1,7 @@
-"""Attention inside higher-order operators: found, proven, rewritten in a copy of its body."""
+"""Attention inside higher-order operators: found, proven, rewritten in its body."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -152,11 +151,12 @@ def test_the_mask_is_no_operand_any_more_and_the_original_is_untouched() -> None
     def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Any:
         from nsa_compile.passes.config import NSAConfig
         from nsa_compile.passes.pipeline import convert
+        from nsa_compile.passes.snapshot import Snapshot
 
         before.append(str(gm.wrap_body_0.graph))
-        original = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        snapshot = Snapshot(gm)
         convert(gm, NSAConfig.from_options(OPTIONS))
-        graphs.extend([gm, original])
+        graphs.extend([gm, snapshot.module()])
         return gm
 
     torch._dynamo.reset()
@@ -202,15 +202,91 @@ def test_llama_with_gradient_checkpointing(padded: bool, dynamic: bool) -> None:
     assert all("self_attn" in r.module for r in rows)
 
 
-def test_attention_that_hides_in_a_call_inside_a_body_is_told() -> None:
-    class Hidden(nn.Module):
+class SelfAttention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True, **options)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, attn_mask=~mask, need_weights=False)[0]
+
+
+class Stacked(Model):
+    """The layers of :class:`Model` with one hidden call each."""
+
+    def __init__(self, layer: Callable[[], nn.Module], wrap: Callable[..., Any]) -> None:
+        super().__init__(lambda x: causal(x), wrap)
+        self.layers = nn.ModuleList([layer(), layer()])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("wrap", [checkpointed, nested])
+def test_multi_head_attention_in_a_body(wrap: Callable[..., Any], dynamic: bool) -> None:
+    rows = run(Stacked(SelfAttention, wrap), (torch.randn(2, 70, 32),), dynamic=dynamic)
+    found = [(r.decision, r.mask, r.spelling) for r in rows]
+    assert found == [("converted", "causal", "multi_head_attention_forward")] * 2, rows[0]
+
+
+def test_multi_head_attention_in_a_body_that_is_called_twice() -> None:
+    compiled = torch.compiler.nested_compile_region(lambda layer, x, mask: layer(x, mask))
+
+    class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.layer = SelfAttention()
 
         def forward(self, x: Tensor) -> Tensor:
-            inner = lambda y: self.attention(y, y, y, need_weights=False)[0]  # noqa: E731
-            return checkpointed(inner, x)  # type: ignore[arg-type]
+            mask = causal(x)
+            return compiled(self.layer, compiled(self.layer, x, mask), mask)
 
-    rows = run(Hidden(), (torch.randn(2, 70, 32),), dynamic=False)
-    assert [(r.decision, r.reason) for r in rows] == [("kept", "unrecognised_attention")]
+    rows = run(Shared(), (torch.randn(2, 70, 32),), dynamic=False)
+    assert [r.decision for r in rows] == ["converted"] * 2
+
+
+def test_a_refused_call_in_a_body_says_why() -> None:
+    model = Stacked(lambda: SelfAttention(add_zero_attn=True), checkpointed)
+    rows = run(model, (torch.randn(2, 70, 32),), dynamic=False)
+    assert [(r.decision, r.reason) for r in rows] == [("kept", "modifier_not_supported")] * 2
+
+
+def test_weights_that_leave_a_body_keep_the_call() -> None:
+    class Weights(SelfAttention):
+        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return self.attention(x, x, x, attn_mask=~mask)
+
+    def wrap(layer: nn.Module, *args: Any) -> Any:
+        out, weights = checkpointed(layer, *args)
+        return out + weights.mean()
+
+    rows = run(Stacked(Weights, wrap), (torch.randn(2, 70, 32),), dynamic=False)
+    assert [(r.decision, r.reason) for r in rows] == [("kept", "weights_escape")] * 2
+
+
+def test_a_fused_encoder_layer_in_a_body() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True).eval()
+    compiled = torch.compiler.nested_compile_region(lambda x: layer(x))
+    torch._dynamo.reset()
+    x = torch.randn(2, 70, 32)
+    with torch.no_grad():
+        fast = torch.compile(lambda x: compiled(compiled(x)), backend="nsa", options=OPTIONS)
+        torch.testing.assert_close(fast(x), layer(layer(x)), atol=1e-4, rtol=1e-4)
+    rows = nsa_compile.report(fast).sites
+    assert {(r.decision, r.spelling) for r in rows} == {("converted", "transformer_encoder_layer")}
+
+
+def test_flex_attention_in_a_body() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(q: Tensor) -> Tensor:
+        def past(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return torch.where(i >= j, score, -float("inf"))
+
+        return flex_attention(q, q, q, score_mod=past)
+
+    compiled = torch.compiler.nested_compile_region(attend)
+    torch._dynamo.reset()
+    q = torch.randn(2, 4, 128, 16)
+    fast = torch.compile(lambda q: compiled(compiled(q)), backend="nsa", options=OPTIONS)
+    torch.testing.assert_close(fast(q), attend(attend(q)), atol=1e-4, rtol=1e-4)
+    rows = nsa_compile.report(fast).sites
+    assert [(r.decision, r.mask) for r in rows] == [("converted", "causal")] * 2
