@@ -51,6 +51,7 @@ _ROWS = (
         "query key value attn_mask dropout_p is_causal scale enable_gqa",
     ),
     _Row("softmax", "x dim", "_softmax _safe_softmax"),
+    _Row("logsumexp", "x dim keepdim"),
     # products
     _Row("matmul", "x y", "mm bmm __matmul__"),
     _Row("baddbmm", "x batch1 batch2 beta alpha"),

@@ -57,14 +57,19 @@ class Rewriter:
         """Replace one site; returns the inputs that the old attention no longer uses."""
         site = decision.site
         with self.gm.graph.inserting_before(site.output):
-            out = self._subgraph(decision)
+            out, lse = self._subgraph(decision)
         out.meta["example_value"] = dialect.value(site.output)
         site.output.replace_all_uses_with(out)
         inputs: list[fx.Node] = site.output.all_input_nodes
         self.gm.graph.erase_node(site.output)
+        if site.lse is not None and lse is not None:
+            site.lse.replace_all_uses_with(lse)
+            _move_behind(lse, site.lse)
+            inputs.append(site.lse)
         return inputs
 
-    def _subgraph(self, decision: Decision) -> fx.Node:
+    def _subgraph(self, decision: Decision) -> tuple[fx.Node, fx.Node | None]:
+        """The nodes that replace the site's output and its log-sum-exp."""
         site, config = decision.site, decision.config
         mask = site.mask
         assert isinstance(mask, Mask)
@@ -98,7 +103,7 @@ class Rewriter:
             q, k, v, blocks, *visible, *alibi, *logits,
             config.query_tile, config.select_block, config.dense_len,
         )  # fmt: skip
-        return _result(site, mask, attention, v, call)
+        return _result(site, mask, attention, v, call), _lse(site, mask, attention, call)
 
 
 def _operands(site: AttentionSite, call: Caller) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -155,6 +160,33 @@ def _result(
         out = call(torch.where, call(torch.eq, lse, -math.inf), average, out)
     out = call.steps(out, site.output_steps)
     return call.cast(out, dialect.value(site.output).dtype)
+
+
+def _lse(site: AttentionSite, mask: Mask, attention: fx.Node, call: Caller) -> fx.Node | None:
+    """The rows' log-sum-exp as the node that the model reads had it."""
+    if site.lse is None:
+        return None
+    old = dialect.value(site.lse)
+    lse = call("unsqueeze", call(operator.getitem, attention, 1), -1)
+    lse = call.cast(call.steps(lse, site.lse_steps), old.dtype)
+    # Where padding adds the lowest finite number, a row of nothing else has that, not -inf.
+    return call("clamp", lse, torch.finfo(old.dtype).min) if mask.averages else lse
+
+
+def _move_behind(new: fx.Node, old: fx.Node) -> None:
+    """Move every reader of ``new`` that stands between ``old`` and it behind it, in order."""
+    between, node = [], old.next
+    while node is not new:
+        if node.op == "root":
+            return  # they stand behind it already
+        between.append(node)
+        node = node.next
+    late, last = {new}, new
+    for node in between:
+        if late & set(node.all_input_nodes):
+            late.add(node)
+            last.append(node)
+            last = node
 
 
 def erase_unused(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:

@@ -123,6 +123,8 @@ class AttentionSite:
         scale: a number, or the node that holds it in a dynamic graph.
         mask_node: the mask tensor as the model passed it, or None.
         mask: its proven normal form, or the refusal that says why there is none.
+        lse: node of the rows' log-sum-exp where the model reads it, or None; it is replaced by
+            ``lse_steps`` of the operators' ``[B, Hq, Tq, 1]``.
         spelling: name of the form it was written in, e.g. ``"sdpa"``.
     """
 
@@ -152,6 +154,8 @@ class AttentionSite:
     key_steps: Steps = ()
     value_steps: Steps = ()
     output_steps: Steps = ()
+    lse: fx.Node | None = None
+    lse_steps: Steps = ()
 
 
 @dataclass(frozen=True)

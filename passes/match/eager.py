@@ -13,6 +13,7 @@ from nsa_compile.passes.masks.affine import Affine
 from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.term import Term
 from nsa_compile.passes.masks.views import Element
+from nsa_compile.passes.match import lse
 from nsa_compile.passes.match import weights as downwards
 from nsa_compile.passes.match.equal import same_value
 from nsa_compile.passes.match.escapes import escaping
@@ -115,6 +116,9 @@ def _parse(softmax: fx.Node, op: Op, below: Product, grammar: Grammar) -> Root |
     if are_rows(query, channel, lifter):
         return None
     value_label = _value_channel(below, weights)
+    used = None
+    if logits.sinks is None and logits.shifted is None:
+        used = lse.find(softmax, weights.weights, below.node, grammar)
     return Root(
         output=below.node,
         out=weights.out,
@@ -134,7 +138,8 @@ def _parse(softmax: fx.Node, op: Op, below: Product, grammar: Grammar) -> Root |
         factors=tuple(logits.factors),
         sinks=logits.sinks,
         mask=logits.terms[0].node if logits.terms else None,
-        refusal=_escape(softmax, weights, logits, grammar.facts),
+        lse=used,
+        refusal=_escape(softmax, weights, logits, used, grammar.facts),
     )
 
 
@@ -190,9 +195,12 @@ def _value_channel(product: Product, weights: Weights) -> Affine:
     return weights.out[product.out_labels.index(labels[0])]
 
 
-def _escape(softmax: fx.Node, weights: Weights, logits: Logits, facts: Facts) -> Refusal | None:
-    inside = {softmax, *weights.nodes, *logits.nodes, weights.product.node}
-    user = escaping(inside - {weights.product.node}, inside, facts)
+def _escape(
+    softmax: fx.Node, weights: Weights, logits: Logits, used: Element | None, facts: Facts
+) -> Refusal | None:
+    inside = {softmax, *weights.nodes, *logits.nodes}
+    answered = {weights.product.node} | ({used.node} if used is not None else set())
+    user = escaping(inside, inside | answered, facts)
     if user is None:
         return None
     return Refusal(Reason.WEIGHTS_ESCAPE, f"{dialect.describe(user)} uses them too")

@@ -42,6 +42,7 @@ class Layout:
     key: Operand
     value: Operand
     output_steps: Steps
+    lse_steps: Steps
     geometry: Geometry
     roles: Roles
     heads: tuple[Var, ...]
@@ -131,6 +132,8 @@ class _Resolver:
         """Take apart what the spelling itself divides (scores viewed as batch and heads)."""
         while True:
             masks = [self.splits.apply(term.at or ()) for term in self.root.terms]
+            if self.root.lse is not None:
+                masks.append(self.splits.apply(self.root.lse.at))
             at = [each for index in (*self._nearest(), *masks) for each in index]
             found = [(v, by) for v, by in axes.divisions(at) if v not in self.inner]
             if not any(self.splits.split(var, by) for var, by in found[:1]):
@@ -195,7 +198,21 @@ class _Resolver:
         geometry = _geometry(roles, heads, keys)
         if back is None or geometry is None:
             return self._refusal("the result has a layout that is not understood")
-        return Layout(q, k, v, back, geometry, roles, heads, kv_heads, self.splits, self.dtype)
+        lse = self._lse((roles.batch, heads, roles.rows, ()))
+        if isinstance(lse, Refusal):
+            return lse
+        return Layout(q, k, v, back, lse, geometry, roles, heads, kv_heads, self.splits, self.dtype)
+
+    def _lse(self, canonical: steps.Canonical) -> Steps | Refusal:
+        """Steps from the operators' log-sum-exp to the one that the program reads."""
+        if self.root.lse is None:
+            return ()
+        node, at = self.root.lse
+        shape = self.lifter.sizes.shape(node)
+        found = None if shape is None else steps.back(self.splits.apply(at), canonical, shape)
+        if found is None:
+            return Refusal(Reason.WEIGHTS_ESCAPE, f"{dialect.describe(node)} uses them too")
+        return found
 
     def _names_heads(self, heads: set[Var]) -> bool:
         """Whether something that is added to the logits differs from head to head."""

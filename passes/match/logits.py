@@ -47,7 +47,7 @@ class Logits:
 
     ``scale`` is the product of the constant factors (of those before a tanh and the cap that
     follows it), ``softcap`` 0.0 where there is no tanh. ``sinks`` is the element of the tensor
-    whose logits join the keys'.
+    whose logits join the keys', ``shifted`` a node that moves whole rows.
     """
 
     product: Product | None = None
@@ -57,6 +57,7 @@ class Logits:
     factors: list[Factor] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     sinks: Element | None = None
+    shifted: fx.Node | None = None
     nodes: set[fx.Node] = field(default_factory=set)
 
 
@@ -306,6 +307,7 @@ def _addend(walk: _Walk, node: fx.Node, other: Any, sign: float) -> None:
 def _same_for_all(walk: _Walk, node: fx.Node) -> None:
     if walk.logits.sinks is not None or walk.logits.softcap:
         raise Stumble(node, "it moves whole rows against their sink or under their softcap")
+    walk.logits.shifted = node
 
 
 def _depends(at: Index, key: Affine) -> bool:

@@ -28,6 +28,7 @@ class Root:
         terms: what else happens to the logits, in order.
         factors: tensors that multiply the logits.
         sinks: the element of one more logit a row.
+        lse: the element of a log-sum-exp of the row's logits that the program reads.
         dtype: in which the logits are computed.
         refusal: why the site cannot be converted, where its spelling alone says so.
     """
@@ -50,6 +51,7 @@ class Root:
     softcap: float = 0.0
     factors: tuple[Factor, ...] = ()
     sinks: Element | None = None
+    lse: Element | None = None
     mask: fx.Node | None = None
     refusal: Refusal | None = None
 

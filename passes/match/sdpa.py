@@ -18,6 +18,8 @@ from nsa_compile.passes.masks.sizes import Size
 from nsa_compile.passes.masks.term import Term
 from nsa_compile.passes.masks.values import Stuck
 from nsa_compile.passes.masks.views import Element, Index
+from nsa_compile.passes.match.chains import chain
+from nsa_compile.passes.match.facts import Facts
 from nsa_compile.passes.match.numbers import number
 from nsa_compile.passes.match.products import variables
 from nsa_compile.passes.match.roots import Root, Unparsed
@@ -28,11 +30,14 @@ _SDPA = "scaled_dot_product_attention"
 
 def find(graph: fx.Graph, lifter: Lifter) -> Iterator[Root | Unparsed]:
     """Every call of SDPA in ``graph``."""
+    facts = Facts(graph)
     for node in graph.nodes:
         if _SDPA in dialect.name(node):
             op = dialect.view(node)
             if op is not None and op.name == _SDPA:
-                yield read(node, op, lifter)
+                root = read(node, op, lifter)
+                if not (isinstance(root, Root) and _pools(root, facts, lifter)):
+                    yield root
 
 
 def read(node: fx.Node, op: Op, lifter: Lifter) -> Root | Unparsed:
@@ -70,6 +75,22 @@ def read(node: fx.Node, op: Op, lifter: Lifter) -> Root | Unparsed:
         )
     except Stuck:
         return unparsed
+
+
+def _pools(root: Root, facts: Facts, lifter: Lifter) -> bool:
+    """Whether each position pools keys of its own with one learned query.
+
+    Attention mixes positions. A mixture of what a position has (the outputs of several layers) has
+    the positions where heads would be, and a query that is the same for all of them; heads differ.
+    """
+    if not facts.is_parameter(root.query.node):
+        return False
+    lead = {var for at in root.out[:-2] for var in at.variables()}
+    heads = {var for at in root.out[1:-2] for var in at.variables()}
+    learned = chain(root.query, root.reader, root.output, lifter)[-1:]
+    return bool(heads and learned) and not any(
+        at.variables() & lead for element in learned for at in element.at
+    )
 
 
 def _leading(shape: tuple[Size, ...], out: tuple[Size, ...], index: Index) -> Index:

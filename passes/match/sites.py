@@ -103,6 +103,8 @@ def _laid_out(root: Root, laid_out: Layout, prover: Prover) -> AttentionSite:
         key_steps=k.steps,
         value_steps=v.steps,
         output_steps=laid_out.output_steps,
+        lse=None if root.lse is None else root.lse.node,
+        lse_steps=laid_out.lse_steps,
     )
 
 
@@ -113,9 +115,10 @@ def _prove(
         unknown = f"is_causal={root.is_causal} is no constant"
         return Proof(Refusal(Reason.MASK_NOT_UNDERSTOOD, unknown))
     proof = prover.proof(geometry, found.terms, root.is_causal, root.output, dtype)
-    if proof.alibi is not None and found.modifiers.sinks is not None:
-        # A bias is known up to one number a row, which a sink would notice.
-        return Proof(Refusal(Reason.MODIFIER_NOT_SUPPORTED, "ALiBi beside sinks"))
+    if proof.alibi is not None and (found.modifiers.sinks or root.lse) is not None:
+        # A bias is known up to one number a row, which a sink or a log-sum-exp would notice.
+        beside = "sinks" if root.lse is None else "a log-sum-exp that the model reads"
+        return Proof(Refusal(Reason.MODIFIER_NOT_SUPPORTED, f"ALiBi beside {beside}"))
     return proof
 
 

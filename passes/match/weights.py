@@ -16,7 +16,7 @@ from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.values import Stuck
 from nsa_compile.passes.masks.views import Element, Index
 from nsa_compile.passes.match.facts import PRODUCTS, Facts
-from nsa_compile.passes.match.numbers import number
+from nsa_compile.passes.match.numbers import fixed, number
 from nsa_compile.passes.match.products import Product, product, variables
 
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double")
@@ -115,6 +115,9 @@ def parse(found: Product, softmax: fx.Node, lifter: Lifter) -> Weights:
     Raises:
         Stumble: they pass something that is no part of attention.
     """
+    added = found.addend is not None and fixed(found.beta) != 0
+    if added or number(found.alpha) != 1:
+        raise Stumble(found.node, "it changes the product with the values")
     sizes = [found.size(label) for label in found.out_labels]
     out = variables("o", sizes, lifter.sizes)
     (key,) = variables("j", [found.size(found.contracted)], lifter.sizes)

@@ -290,3 +290,82 @@ class MaskedOnlyAfterSoftmax(Modified):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         t = q.shape[-2]
         return (self.scores(q, k).softmax(-1) * self.tril[..., :t, :t]) @ v
+
+
+class ReadsLogSumExp(Modified):
+    """The row's log-sum-exp leaves the attention: the operators answer with theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.linspace(-1, 2, HEADS))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.causal(self.scores(q, k))
+        lse = torch.logsumexp(scores, dim=-1)
+        share = (lse - self.sinks.view(1, -1, 1)).to(torch.float32).sigmoid()
+        out = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+        return self.use(out, share, lse)
+
+    def use(self, out: Tensor, share: Tensor, lse: Tensor) -> Tensor:
+        return out * share.unsqueeze(-1).to(out.dtype)
+
+
+@specimen("causal")
+class SinkFromLogSumExp(ReadsLogSumExp):
+    """exp(sink) in the denominator is a factor sigmoid(lse - sink)."""
+
+
+@specimen("causal")
+class OtherFunctionOfLogSumExp(ReadsLogSumExp):
+    def use(self, out: Tensor, share: Tensor, lse: Tensor) -> Tensor:
+        return out * torch.tanh(lse)[..., None] + lse.mean(1)[:, None, :, None]
+
+
+@specimen("causal")
+class TwoSoftmaxesMerged(Modified):
+    """Half of the keys each, merged by their log-sum-exps, as ring attention does."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.causal(self.scores(q, k)).float()
+        first = torch.logsumexp(scores, -1, keepdim=True)
+        second = torch.cat([torch.zeros_like(first), q.sum(-1, keepdim=True)], -1)
+        second = torch.logsumexp(second, -1, keepdim=True)
+        total = torch.logaddexp(first, second)
+        return (scores.softmax(-1).to(v.dtype) @ v) * torch.exp(first - total)
+
+
+@specimen(*UNDECIDED)
+class ValuesFromLogSumExp(Modified):
+    """The values wait for the log-sum-exp, so the operators cannot answer with it."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.causal(self.scores(q, k))
+        v = v * torch.logsumexp(scores, -1, keepdim=True).sigmoid()
+        return scores.softmax(-1) @ v
+
+
+@specimen("weights_escape")
+class LogSumExpOfOtherScores(Modified):
+    """That of the scores before the mask."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.scores(q, k)
+        lse = torch.logsumexp(scores, -1, keepdim=True)
+        return (self.causal(scores).softmax(-1) @ v) * lse.sigmoid()
+
+
+@specimen("weights_escape")
+class LogSumExpOverQueries(Modified):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.causal(self.scores(q, k))
+        return (scores.softmax(-1) @ v) * torch.logsumexp(scores, -2)[..., None].sigmoid()
+
+
+@specimen("weights_escape")
+class ShiftedLogSumExp(Modified):
+    """A shift of whole rows changes no weights, but the log-sum-exp."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.causal(self.scores(q, k) + 3.0)
+        lse = torch.logsumexp(scores, -1, keepdim=True)
+        return (scores.softmax(-1) @ v) * (lse - 2.0).sigmoid()

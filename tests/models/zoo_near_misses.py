@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.models.zoo import DENSE, HEADS, KEPT, UNDECIDED, WIDTH, Attention, specimen
+from tests.models.zoo import DENSE, HEAD_DIM, HEADS, KEPT, UNDECIDED, WIDTH, Attention, specimen
 from tests.models.zoo_spellings import SCALE
 
 
@@ -294,3 +294,35 @@ class HeadMask(Attention):
         width = torch.tensor([4, 8, 16, 32]).view(HEADS, 1, 1)
         distance = i[:, None] - i[None]
         return F.scaled_dot_product_attention(q, k, v, (distance >= 0) & (distance < width))
+
+
+@specimen()
+class PoolingOverDepth(nn.Module):
+    """Each position mixes the outputs of several layers by one learned query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.query = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = x.unsqueeze(-2)
+        for layer in self.layers:
+            states = torch.cat([states, layer(x).tanh().unsqueeze(-2)], -2)
+        query = self.query.view(-1, WIDTH).expand(*states.shape[:-2], -1, -1)
+        return F.scaled_dot_product_attention(query, states, states).squeeze(-2)
+
+
+@specimen("decode_step")
+class PoolingOverPositions(nn.Module):
+    """A learned query of each head that reads all positions is attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv = nn.Linear(WIDTH, 2 * WIDTH)
+        self.query = nn.Parameter(torch.randn(1, HEADS, 1, HEAD_DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.kv(x).unflatten(-1, (2, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        query = self.query.expand(x.shape[0], -1, -1, -1)
+        return F.scaled_dot_product_attention(query, k, v).transpose(1, 2).flatten(2)

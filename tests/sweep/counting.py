@@ -1,8 +1,9 @@
 """Count the attention that a run computes, from the operators it executes and nothing else.
 
 Independent of the compiler's matcher: the profiler sees the operators of eager and of compiled
-code alike. Attention is an SDPA operator, or a softmax over the last dimension of a tensor whose
-last two sizes are at least the query length (a model may add a prompt, sinks and further keys).
+code alike. Attention is an SDPA operator (unless both its lengths are below the query length: that
+mixes what one position has), or a softmax over the last dimension of a tensor whose last two sizes
+are at least the query length (a model may add a prompt, sinks and further keys).
 """
 
 from __future__ import annotations
@@ -39,17 +40,20 @@ def count(run: Callable[[], Any], q_len: int) -> tuple[Any, Executed]:
         if event.name == _CONVERTED and not _inside(event, (_CONVERTED,)):
             converted += 1
         elif event.name in _FUSED + _SOFTMAX and not _inside(event, _FUSED + _SOFTMAX + ("nsa::",)):
-            shape = tuple(event.input_shapes[0]) if event.input_shapes else ()
-            if _is_attention(event.name, shape, q_len):
+            shapes = [tuple(each) for each in event.input_shapes or ()]
+            shape = shapes[0] if shapes else ()
+            if _is_attention(event.name, shapes, q_len):
                 dense += 1
             elif len(shape) >= 3:
                 other.append(shape)
     return result, Executed(dense, converted, tuple(sorted(set(other))))
 
 
-def _is_attention(name: str, shape: tuple[int, ...], q_len: int) -> bool:
+def _is_attention(name: str, shapes: list[tuple[int, ...]], q_len: int) -> bool:
     if name in _FUSED:
-        return True
+        lengths = [shape[-2] for shape in shapes[:2] if len(shape) >= 2]
+        return not lengths or max(lengths) >= q_len
+    shape = shapes[0] if shapes else ()
     return len(shape) >= 2 and q_len <= shape[-2] <= shape[-1] != VOCABULARY
 
 
