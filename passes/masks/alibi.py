@@ -159,10 +159,17 @@ def _as_weighted(leaf: Value) -> Weighted | None:
 
 
 def _hides(leaf: Value) -> bool:
+    if isinstance(leaf, Weighted) and any(abs(n * leaf.factor) > 1 for n in _weights(leaf.times)):
+        return False  # a slope times more than a position may take back what hides
     rest = leaf.rest if isinstance(leaf, Weighted) else leaf
     if isinstance(rest, Affine):
         return rest.constant is not None and rest.constant <= _HIDES
     return isinstance(rest, float) and rest <= _HIDES
+
+
+def _weights(times: Affine) -> list[int]:
+    """How often a slope counts for each position; a constant of one position is none."""
+    return [*times.terms.values(), times.const if times.constant is not None else 0]
 
 
 def _without(value: Value) -> Value:

@@ -63,6 +63,9 @@ def ge(of: Affine) -> Condition:
             return TRUE
         if high is not None and high < 0:
             return FALSE
+    flag = _flag(of)
+    if flag is not None:  # of an element that is 0 or 1: 1 - x >= 1 says that it is 0
+        return Ne(flag) if of.const < 0 else Eq(flag)
     return Ge(of)
 
 
@@ -71,7 +74,8 @@ def eq(of: Affine) -> Condition:
     normal = _signed(of)
     if isinstance(normal, bool):
         return TRUE if normal else FALSE
-    return Eq(normal)
+    flag = _flag(normal)
+    return Eq(normal) if flag is None or flag == normal else Ne(flag)
 
 
 def ne(of: Affine) -> Condition:
@@ -79,7 +83,8 @@ def ne(of: Affine) -> Condition:
     normal = _signed(of)
     if isinstance(normal, bool):
         return FALSE if normal else TRUE
-    return Ne(normal)
+    flag = _flag(normal)
+    return Ne(normal) if flag is None or flag == normal else Eq(flag)
 
 
 def conjuncts(condition: Condition) -> frozenset[Condition]:
@@ -117,6 +122,17 @@ def describe(condition: Condition) -> str:
     positive = Affine(max(of.const, 0), {a: c for a, c in of.terms.items() if c > 0})
     sign = {Ge: "<=", Eq: "==", Ne: "!="}[type(condition)]
     return f"{positive - of!r} {sign} {positive!r}"
+
+
+def is_flag(atom: object) -> bool:
+    """Whether ``atom`` is an element that is 0 or 1."""
+    return isinstance(atom, Load) and (atom.low, atom.high) == (0, 1)
+
+
+def _flag(of: Affine) -> Affine | None:
+    """The element that ``of`` is about, when that is one that is 0 or 1."""
+    (atom, *more) = of.terms
+    return Affine(0, {atom: 1}) if is_flag(atom) and not more else None
 
 
 def _compares_indices(of: Affine) -> bool:

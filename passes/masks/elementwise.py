@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
-from nsa_compile.passes.masks.affine import Affine, affine, floor_div, modulo
+from nsa_compile.passes.masks.affine import Affine, Load, affine, floor_div, modulo
 from nsa_compile.passes.masks.cast import cast, condition, numbers
 from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition, eq, ge, ne
 from nsa_compile.passes.masks.lift import Lifter, Rule
 from nsa_compile.passes.masks.logic import all_of, any_of, negation
-from nsa_compile.passes.masks.values import Stuck, Value, as_number, choose, map_leaves, pairs
+from nsa_compile.passes.masks.values import (
+    Stuck,
+    Value,
+    as_number,
+    by_cases,
+    choose,
+    is_bit,
+    map_leaves,
+    pairs,
+)
 from nsa_compile.passes.masks.views import Index
 from nsa_compile.passes.masks.weighted import UNKNOWN, minus, no_weights, over, plus, times
 
@@ -24,13 +33,28 @@ def _compare(of: Callable[[Affine], Condition], decide: Callable[[float], bool])
 
     def leaf(x: Value, y: Value) -> Value:
         if isinstance(x, Affine) and isinstance(y, Affine):
-            return of(x - y)
+            return map_leaves(by_cases(x - y), lambda d: _compared(d))
         return TRUE if decide(_difference(x, y)) else FALSE
 
+    def _compared(difference: Value) -> Condition:
+        assert isinstance(difference, Affine)
+        return of(difference)
+
     def rule(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
-        return _pairwise(lifter, node, op, index, leaf)
+        found = _pairwise(lifter, node, op, index, leaf)
+        if found in (TRUE, FALSE):
+            lifter.refuted.update(_inputs(lifter, node, op, index))
+        return found
 
     return rule
+
+
+def _inputs(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Iterator[fx.Node]:
+    """The operands that are graph inputs as they are."""
+    for name in "xy":
+        value = lifter.operand(node, op[name], index)
+        atoms = value.terms if isinstance(value, Affine) else ()
+        yield from (atom.node for atom in atoms if isinstance(atom, Load))
 
 
 def _difference(x: Value, y: Value) -> float:
@@ -52,7 +76,22 @@ def _pairwise(
     """``leaf`` of every pair of branches of the operands, as numbers."""
     x = numbers(lifter.operand(node, op["x"], index))
     y = numbers(lifter.operand(node, op["y"], index))
-    return pairs(x, y, leaf)
+    return pairs(x, y, _cased(leaf))
+
+
+def _cased(leaf: Callable[[Value, Value], Value]) -> Callable[[Value, Value], Value]:
+    """``leaf``, or where it is stuck on elements that are 0 or 1, ``leaf`` of each case."""
+
+    def tried(x: Value, y: Value) -> Value:
+        try:
+            return leaf(x, y)
+        except Stuck:
+            cases = by_cases(x), by_cases(y)
+            if cases == (x, y):
+                raise
+            return pairs(*cases, leaf)
+
+    return tried
 
 
 def _arithmetic(
@@ -79,7 +118,7 @@ def _arithmetic(
         if op["alpha"] not in (None, 1):
             raise Stuck(f"{op.name} with alpha")
         x, y = (map_leaves(lifter.operand(node, op[n], index), as_number) for n in "xy")
-        return pairs(x, y, leaf)
+        return pairs(x, y, _cased(leaf))
 
     return rule
 
@@ -171,14 +210,15 @@ def _clamp(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
 
 
 def _logic(join: Callable[[list[Condition]], Condition], *, logical: bool) -> Rule:
-    """and / or: bitwise forms only on booleans, logical forms on anything."""
+    """and / or: bitwise forms only on booleans and bits, logical forms on anything."""
 
     def rule(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
-        if not logical and dialect.value(node).dtype != torch.bool:
-            raise Stuck("bitwise logic on integers")
-        x = condition(lifter.operand(node, op["x"], index))
-        y = condition(lifter.operand(node, op["y"], index))
-        return join([x, y])
+        x, y = (lifter.operand(node, op[n], index) for n in "xy")
+        bitwise = not logical and dialect.value(node).dtype != torch.bool
+        if bitwise and not (is_bit(x) and is_bit(y)):
+            raise Stuck("bitwise logic on integers that may be more than 0 and 1")
+        joined = join([condition(x), condition(y)])
+        return as_number(joined) if bitwise else joined
 
     return rule
 
@@ -189,9 +229,19 @@ def _differ(parts: list[Condition]) -> Condition:
 
 
 def _not(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
-    if dialect.value(node).dtype != torch.bool:
-        raise Stuck("bitwise not on integers")
-    return negation(condition(lifter.operand(node, op["x"], index)))
+    value = lifter.operand(node, op["x"], index)
+    dtype = dialect.value(node).dtype
+    if dtype == torch.bool:
+        return negation(condition(value))
+    # -1 - x in two's complement, 255 - x in uint8.
+    top = affine(-1 if dtype.is_signed else torch.iinfo(dtype).max)
+
+    def flipped(x: Value) -> Value:
+        if not isinstance(x, Affine):
+            raise Stuck("bitwise not of an unknown value")
+        return top - x
+
+    return map_leaves(numbers(value), flipped)
 
 
 def _logical_not(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:

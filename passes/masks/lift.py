@@ -22,7 +22,7 @@ from nsa_compile.passes.masks.cast import cast
 from nsa_compile.passes.masks.conditions import FALSE, TRUE, ne
 from nsa_compile.passes.masks.constants import Patterns
 from nsa_compile.passes.masks.mutation import Mutations
-from nsa_compile.passes.masks.rows import Rows
+from nsa_compile.passes.masks.rows import Rows, runs_over
 from nsa_compile.passes.masks.sizes import Sizes
 from nsa_compile.passes.masks.values import (
     Stuck,
@@ -49,9 +49,23 @@ class Lifter:
     Args:
         gm: the graph, read only.
         values: real tensors of placeholders and attributes whose content a proof may read.
+        binary: graph inputs that are taken to hold 0 and 1 only.
+
+    Attributes:
+        inputs: the graph inputs read for one number a query or key that is no boolean.
+        refuted: what is compared with a number that it cannot be, if it is as taken: padding is
+            compared with 0 and 1, token ids are with others.
     """
 
-    def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        values: Mapping[fx.Node, torch.Tensor],
+        binary: frozenset[fx.Node] = frozenset(),
+    ) -> None:
+        self.binary = binary
+        self.inputs: set[fx.Node] = set()
+        self.refuted: set[fx.Node] = set()
         self.sizes = Sizes(gm.graph)
         self.patterns = Patterns(gm, values)
         self.mutations = Mutations(gm.graph)
@@ -175,6 +189,11 @@ class Lifter:
 
     def _opaque(self, node: fx.Node, index: Index, why: str) -> Value:
         fake = dialect.value(node)
+        if node.op == "placeholder" and fake.dtype != torch.bool and not fake.dtype.is_complex:
+            if runs_over(index, self.sizes.shape(node) or ()) in ("i", "j"):
+                self.inputs.add(node)
+            if node in self.binary:
+                return affine(Load(node, index, 0, 1))
         if fake.dtype.is_floating_point or fake.dtype.is_complex:
             return Unknown(Load(node, index, why=why))
         low, high = _limits(fake.dtype)

@@ -190,10 +190,9 @@ class _Namer:
         found = [documents.ids(each, self.lifter) for each in same]
         if queries and not same:
             # Real queries see real keys: both are true, and the keys are told to be.
-            flags = self.lifter.rows.flags
-            pair = flags.get(all_of(queries)), flags.get(all_of(self.terms.keys))
-            if pair[0] is not None and pair[1] is not None:
-                return (pair[0], pair[1]), False
+            pair = self.lifter.rows.flagged(all_of(queries), all_of(self.terms.keys))
+            if pair is not None:
+                return pair, False
         if queries or len(found) > 1 or None in found:
             raise _Refused(_unclassified(queries + same, self.mask))
         ids = next((each for each in found if each is not None), None)

@@ -11,14 +11,13 @@ import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
-from nsa_compile.passes.masks import blame, views
-from nsa_compile.passes.masks.affine import Affine, Load, Var, affine
+from nsa_compile.passes.masks import blame, conditions, views
+from nsa_compile.passes.masks.affine import Affine, Var, affine
 from nsa_compile.passes.masks.alibi import Alibi, Case, resolve, split
-from nsa_compile.passes.masks.conditions import CONDITIONS, FALSE, TRUE, Condition, ge, ne
+from nsa_compile.passes.masks.conditions import CONDITIONS, FALSE, TRUE, Condition, ge
 from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.logic import all_of, negation
 from nsa_compile.passes.masks.normal_form import classify
-from nsa_compile.passes.masks.rules import CASTS
 from nsa_compile.passes.masks.sizes import Size
 from nsa_compile.passes.masks.term import Term, of_mask
 from nsa_compile.passes.masks.usable import every_row_sees_a_key, overwritten
@@ -29,6 +28,7 @@ from nsa_compile.passes.masks.values import (
     Value,
     Weighted,
     as_number,
+    by_cases,
     choose,
     leaves,
     truth,
@@ -42,6 +42,10 @@ from nsa_compile.passes.site import Mask
 MASKED = -1e4
 # Adding this leaves nothing of a score: a row that is hidden whole holds equal numbers.
 ABSORBS = -1e30
+
+# Refusals of what may be a proof once an input is known to hold 0 and 1, and how many are tried.
+_MAY_BE_PADDING = (Reason.MASK_NOT_UNDERSTOOD, Reason.MASK_FROM_OUTSIDE)
+_MOST_INPUTS = 3
 
 Terms: TypeAlias = tuple[Term, ...]
 
@@ -71,15 +75,17 @@ class Prover:
         self._gm = gm
         self._values = values
         self._known: dict[Any, Proof] = {}
-        self._lifter: Lifter | None = None
+        self._lifters: dict[frozenset[fx.Node], Lifter] = {}
+        self._binary: frozenset[fx.Node] = frozenset()
         self._integers: dict[Affine, fx.Node] | None = None
 
     @property
     def lifter(self) -> Lifter:
         """Built at the first mask: a graph without attention pays nothing."""
-        if self._lifter is None:
-            self._lifter = Lifter(self._gm, self._values)
-        return self._lifter
+        if self._binary not in self._lifters:
+            lifter = Lifter(self._gm, self._values, self._binary)
+            self._lifters[self._binary] = lifter
+        return self._lifters[self._binary]
 
     def prove(
         self, geometry: Geometry, mask: fx.Node | Terms | None, is_causal: bool, reader: fx.Node
@@ -116,8 +122,40 @@ class Prover:
         late = reader if terms and self.lifter.mutations.any else None
         key = (geometry, terms, is_causal, late, dtype)
         if key not in self._known:
-            self._known[key] = self._prove(geometry, terms, is_causal, reader, dtype)
+            self._known[key] = self._proven(geometry, terms, is_causal, reader, dtype)
         return self._known[key]
+
+    def _proven(
+        self,
+        geometry: Geometry,
+        terms: Terms,
+        is_causal: bool,
+        reader: fx.Node,
+        dtype: torch.dtype,
+    ) -> Proof:
+        """The proof without assumptions, else one that takes graph inputs to hold 0 and 1 only.
+
+        Padding is such an input wherever a model does arithmetic on it; each is assumed alone
+        first, so that no input is taken for padding without need. It is checked at run time.
+        """
+        plain = self._prove(geometry, terms, is_causal, reader, dtype)
+        if not isinstance(plain.mask, Refusal) or plain.mask.reason not in _MAY_BE_PADDING:
+            return plain
+        read = _ancestors([term.node for term in terms])
+        inputs = sorted(self.lifter.inputs & read)
+        assumptions = [frozenset([node]) for node in inputs[:_MOST_INPUTS]]
+        if len(inputs) > 1:
+            assumptions.append(frozenset(inputs))
+        for assumed in assumptions:
+            self._binary = assumed
+            try:
+                found = self._prove(geometry, terms, is_causal, reader, dtype)
+                refuted = assumed & self.lifter.refuted
+            finally:
+                self._binary = frozenset()
+            if isinstance(found.mask, Mask) and not refuted:
+                return found
+        return plain
 
     def _prove(
         self,
@@ -139,6 +177,9 @@ class Prover:
         ones = all_of([each.ones for each in kept])
         if all_of([keep, ones]) != keep:
             return Proof(_refusal(mask, "it multiplies scores by 0 where no term hides them"))
+        if not self._binary <= {load.node for load in conditions.loads(keep)}:
+            # What 0 and 1 decide wholly was no padding: token ids, say, that are compared.
+            return Proof(_refusal(mask, "an input is no padding"))
         found = classify(
             keep,
             mask,
@@ -155,7 +196,7 @@ class Prover:
         padded = found.valid is not None or found.hidden is not None
         found = replace(
             found,
-            binary=tuple(sorted(n for each in kept for n in each.binary)),
+            binary=tuple(sorted(self._binary)),
             averages=padded and penalty is not None and penalty <= ABSORBS,
         )
         return Proof(self._unusable(found, bias, penalty, geometry, mask, reader) or found, bias)
@@ -269,15 +310,13 @@ class Prover:
 class _Kept:
     """Where a term lets a key through; ``penalty`` is the finite number that it adds elsewhere.
 
-    ``ones`` says where a factor leaves the logit as it is; ``biases`` what else it adds, and where;
-    ``binary`` which tensors are taken to hold 0 and 1 only.
+    ``ones`` says where a factor leaves the logit as it is; ``biases`` what else it adds, and where.
     """
 
     condition: Condition
     penalty: float | None = None
     ones: Condition = TRUE
     biases: tuple[Case, ...] = ()
-    binary: frozenset[fx.Node] = frozenset()
 
 
 def _kept(value: Value, term: Term) -> _Kept | Refusal:
@@ -288,10 +327,8 @@ def _kept(value: Value, term: Term) -> _Kept | Refusal:
         return _Kept(value)
     if isinstance(value, Choice):
         return _kept_choice(value, term)
-    if isinstance(value, Unknown):
+    if isinstance(value, (Unknown, Weighted)):
         return _unknown(value, term.node)
-    if isinstance(value, Weighted):
-        return _kept_weighted(value, term)
     if isinstance(value, Affine):
         return _kept_integer(value, term)
     return _kept_constant(value, term)
@@ -313,45 +350,20 @@ def _kept_choice(value: Choice, term: Term) -> _Kept | Refusal:
     decided = choose(value.condition, then.condition, otherwise.condition)
     assert isinstance(decided, CONDITIONS)
     penalty = otherwise.penalty if then.penalty is None else then.penalty
-    return _Kept(decided, penalty, binary=then.binary | otherwise.binary)
+    return _Kept(decided, penalty)
 
 
 def _kept_integer(value: Affine, term: Term) -> _Kept | Refusal:
     if value.constant is not None:
         return _kept_constant(value.constant, term)
-    ((atom, step), *more) = value.terms.items()
-    if more or not isinstance(atom, Load):
+    cases = by_cases(value)
+    if not isinstance(cases, Affine):
+        return _kept(cases, term)
+    loads = value.loads()
+    if not loads:
         return _refusal(term.node, f"it adds {value!r} to the scores")
-    return _kept_binary(atom, affine(value.const + step), affine(value.const), term)
-
-
-def _kept_weighted(value: Weighted, term: Term) -> _Kept | Refusal:
-    """``(1 - padding) * -1e9`` with padding in floating point."""
-    rest = value.rest.constant if isinstance(value.rest, Affine) else value.rest
-    if value.times.constant is None or rest is None:
-        return _unknown(value, term.node)
-    at_one = rest + value.times.constant * value.factor
-    return _kept_binary(value.load, at_one, float(rest), term)
-
-
-def _kept_binary(load: Load, at_one: Value, at_zero: Value, term: Term) -> _Kept | Refusal:
-    """What an element that is 1 or 0 keeps; it is checked at run time where no dtype says so."""
-    if (load.low, load.high) == (0, 1):
-        return _kept(choose(ne(affine(load)), at_one, at_zero), term)
-    source = _input(load.node)
-    if source is None:  # what a model computes may well be a fraction
-        return blame.refusal(load, "it is added to the scores, and it may be more than 0 and 1")
-    found = _kept(choose(ne(affine(load)), at_one, at_zero), term)
-    if isinstance(found, Refusal):
-        return found
-    return replace(found, binary=found.binary | {source})
-
-
-def _input(node: fx.Node) -> fx.Node | None:
-    """The graph input that ``node`` is, perhaps in another dtype; None for what is computed."""
-    while (op := dialect.view(node)) is not None and op.name in CASTS:
-        node = op.args["x"]
-    return node if node.op == "placeholder" else None
+    what = f"it adds {value!r} to the scores, and that may be more than 0 and 1"
+    return blame.refusal(loads[0], what)
 
 
 def _kept_constant(value: float, term: Term) -> _Kept | Refusal:

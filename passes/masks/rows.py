@@ -9,8 +9,8 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine, Var, affine
-from nsa_compile.passes.masks.conditions import Condition, ne
-from nsa_compile.passes.masks.values import Unknown, Value, as_number, truth
+from nsa_compile.passes.masks.conditions import Condition
+from nsa_compile.passes.masks.values import Value, as_number, is_bit, truth
 
 
 class Rows:
@@ -22,35 +22,40 @@ class Rows:
 
     Attributes:
         valid: rows over keys by the condition under which their element is not 0.
-        flags: boolean rows over queries or keys by the condition that they hold.
+        flags: rows of 0 and 1 over queries or keys, by dtype and by the condition under which
+            they hold 1.
         ids: integer rows over queries, keys or the batch by their element.
     """
 
     def __init__(self) -> None:
         self.valid: dict[Condition, fx.Node] = {}
-        self.flags: dict[Condition, fx.Node] = {}
+        self.flags: dict[torch.dtype, dict[Condition, fx.Node]] = {}
         self.ids: dict[Affine, fx.Node] = {}
 
     def remember(
         self, node: fx.Node, index: Sequence[Affine], sizes: Sequence[Affine], found: Value
     ) -> None:
         """Note ``node``, whose element at ``index`` is ``found``, if it is a row read whole."""
-        name = _runs_over(index, sizes)
+        name = runs_over(index, sizes)
         if name is None:
-            return
-        if isinstance(found, Unknown) and name == "j":  # only asked for where it is 0 or 1
-            self.valid.setdefault(ne(affine(found.load)), node)
-        if dialect.value(node).dtype.is_floating_point:
             return
         held = truth(found)
         # [B, 1] says the same of all keys, of which there may be but one.
         if held is not None and (name == "j" or (name == "b" and len(sizes) > 1)):
             self.valid.setdefault(held, node)
-        if held is not None and dialect.value(node).dtype == torch.bool:
-            self.flags.setdefault(held, node)
         number = as_number(found)
-        if isinstance(number, Affine):
+        dtype = dialect.value(node).dtype
+        if held is not None and is_bit(number):
+            self.flags.setdefault(dtype, {}).setdefault(held, node)
+        if isinstance(number, Affine) and not dtype.is_floating_point:
             self.ids.setdefault(number, node)
+
+    def flagged(self, query: Condition, key: Condition) -> tuple[fx.Node, fx.Node] | None:
+        """Rows of one dtype that hold 1 where ``query`` and where ``key`` holds, else 0."""
+        for rows in self.flags.values():
+            if query in rows and key in rows:
+                return rows[query], rows[key]
+        return None
 
     def over(self, name: str) -> dict[Affine, fx.Node]:
         """The integer rows over queries (``"i"``) or keys (``"j"``)."""
@@ -61,7 +66,7 @@ class Rows:
         }
 
 
-def _runs_over(index: Sequence[Affine], sizes: Sequence[Affine]) -> str | None:
+def runs_over(index: Sequence[Affine], sizes: Sequence[Affine]) -> str | None:
     """``"i"`` or ``"j"`` when ``index`` runs over the batch, if there is one, then that position.
 
     ``"b"`` when it runs over the batch and no more, or the tensor holds one number.

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from nsa_compile.passes.masks import conditions
-from nsa_compile.passes.masks.affine import Affine, Load, Var, affine
+from nsa_compile.passes.masks.affine import Affine, Load, Var, affine, lower, upper
 from nsa_compile.passes.masks.conditions import (
     CONDITIONS,
     FALSE,
@@ -17,11 +17,14 @@ from nsa_compile.passes.masks.conditions import (
     Condition,
     Eq,
     Ne,
+    conjuncts,
+    is_flag,
     ne,
 )
 from nsa_compile.passes.masks.logic import all_of, any_of, negation
 
 _MOST_PAIRS = 64
+_MOST_FLAGS = 4
 _ZERO = Affine()
 
 
@@ -71,9 +74,49 @@ def choose(condition: Condition, then: Value, otherwise: Value) -> Value:
         return otherwise
     if isinstance(then, CONDITIONS) and isinstance(otherwise, CONDITIONS):
         return any_of([all_of([condition, then]), all_of([negation(condition), otherwise])])
-    if isinstance(condition, Eq) and _on_line(condition, then) == otherwise:
+    then, otherwise = _under(condition, then), _under(negation(condition), otherwise)
+    if then == otherwise or (isinstance(condition, Eq) and _on_line(condition, then) == otherwise):
         return otherwise
     return Choice(condition, then, otherwise)
+
+
+def _under(path: Condition, value: Value) -> Value:
+    """``value`` where ``path`` holds: without the branches that ``path`` decides."""
+    if isinstance(value, Choice):
+        both = all_of([path, value.condition])
+        if both == FALSE:
+            return _under(path, value.otherwise)
+        return _under(path, value.then) if both == path else value
+    if not isinstance(value, Affine) or value.constant is not None:
+        return value
+    for part in conjuncts(path):
+        if isinstance(part, (Eq, Ne)):
+            value = _fixed(part, value)
+    return value
+
+
+def _fixed(part: Eq | Ne, value: Affine) -> Affine:
+    """``value`` as a constant, where ``part`` makes it one: an equality, or a flag that is 1."""
+    (atom, *more) = part.of.terms
+    line = part.of if isinstance(part, Eq) else part.of - 1
+    if isinstance(part, Ne) and (more or not is_flag(atom)):
+        return value
+    coefficient = value.terms.get(atom, 0)
+    if coefficient % line.terms[atom]:
+        return value
+    rest = value - line.times(coefficient // line.terms[atom])
+    return value if rest.constant is None else rest
+
+
+def by_cases(value: Value) -> Value:
+    """A sum of elements that are 0 or 1, case by case; anything else stays as it is."""
+    if not isinstance(value, Affine) or not value.terms or len(value.terms) > _MOST_FLAGS:
+        return value
+    if not all(is_flag(atom) for atom in value.terms):
+        return value
+    atom, coefficient = next(iter(value.terms.items()))
+    zero = value - affine(atom).times(coefficient)
+    return choose(ne(affine(atom)), by_cases(zero + coefficient), by_cases(zero))
 
 
 def truth(value: Value) -> Condition | None:
@@ -81,7 +124,8 @@ def truth(value: Value) -> Condition | None:
     if isinstance(value, CONDITIONS):
         return value
     if isinstance(value, Affine):
-        return ne(value)
+        cases = by_cases(value)
+        return ne(value) if isinstance(cases, Affine) else truth(cases)
     if isinstance(value, float):
         return TRUE if value != 0 else FALSE
     if isinstance(value, (Unknown, Weighted)):
@@ -101,6 +145,16 @@ def as_number(value: Value) -> Value:
     if isinstance(value, Ne) and _is_boolean_load(value.of):
         return value.of
     return choose(value, affine(1), affine(0))
+
+
+def is_bit(value: Value) -> bool:
+    """Whether ``value`` is proven to be 0 or 1."""
+    if isinstance(value, CONDITIONS):
+        return True
+    return all(
+        isinstance(leaf, Affine) and (lower(leaf), upper(leaf)) in ((0, 0), (0, 1), (1, 1))
+        for leaf in leaves(value)
+    )
 
 
 def leaves(value: Value) -> list[Value]:
@@ -156,7 +210,7 @@ def _is_boolean_load(of: Affine) -> bool:
     if of.const or len(of.terms) != 1:
         return False
     ((atom, coefficient),) = of.terms.items()
-    return isinstance(atom, Load) and coefficient == 1 and (atom.low, atom.high) == (0, 1)
+    return coefficient == 1 and is_flag(atom)
 
 
 def _on_line(condition: Eq, value: Value) -> Value | None:

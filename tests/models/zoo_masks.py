@@ -68,13 +68,24 @@ class ExtendedMask(Biased):
         return (1.0 - keep[:, None, None, :].to(q.dtype)) * -10000.0
 
 
-@specimen("padding", pending="a fill whose condition is the filled tensor itself")
+@specimen("padding")
 class ExtendedMaskFinfo(Biased):
     inputs = staticmethod(Padded.inputs)
 
     def bias(self, q: Tensor, keep: Tensor) -> Tensor:
         inverted = 1.0 - keep[:, None, None, :].to(q.dtype)
         return inverted.masked_fill(inverted.to(torch.bool), torch.finfo(q.dtype).min)
+
+
+@specimen("document & padding")
+class BothSides(Padded):
+    """Only pairs of real tokens see each other; the rows of padding hold one number."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *extra: Tensor) -> Tensor:
+        (keep,) = extra
+        pair = keep[:, None, None, :] * keep[:, None, :, None]
+        att = (q @ k.mT * SCALE).masked_fill(~pair.bool(), torch.finfo(q.dtype).min)
+        return att.softmax(-1) @ v
 
 
 @specimen("causal & padding")

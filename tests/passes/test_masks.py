@@ -158,7 +158,7 @@ def padding_rows(q: Tensor, p: Tensor) -> Tensor:
 
 PADDING_MISSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "on queries": lambda q, p: p.bool()[:, None, :, None],
-    "on both, numbers": lambda q, p: (p[:, None, :, None] * p[:, None, None, :]) > 0,
+    "on both, added": lambda q, p: (p[:, None, :, None] + p[:, None, None, :]) > 0,
     "or causal": lambda q, p: p.bool()[:, None, None, :] | (at(q)[1] <= at(q)[0]),
 }
 
@@ -172,15 +172,20 @@ def test_padding_near_misses_are_refused(name: str, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_padding_on_queries_and_keys(dynamic: bool) -> None:
+@pytest.mark.parametrize("numbers", [False, True])
+def test_padding_on_queries_and_keys(dynamic: bool, numbers: bool) -> None:
     """Real queries see real keys; whoever is padding sees nothing."""
 
     def mask(q: Tensor, p: Tensor) -> Tensor:
-        keep = padding_rows(q, p).bool()
-        return keep[:, None, :, None] & keep[:, None, None, :] & (at(q)[1] <= at(q)[0])
+        keep = padding_rows(q, p) if numbers else padding_rows(q, p).bool()
+        both = keep[:, None, :, None] * keep[:, None, None, :]
+        return both.bool() & (at(q)[1] <= at(q)[0])
 
     p = torch.randint(0, 2, (2, 12))
-    assert run(mask, p, dynamic=dynamic).masks == ["causal & document & padding"]
+    checker = run(mask, p, dynamic=dynamic)
+    assert checker.masks == ["causal & document & padding"]
+    assert isinstance(checker.site.mask, Mask)
+    assert len(checker.site.mask.binary) == numbers
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -230,7 +235,7 @@ def test_the_padding_tensor_has_one_column_a_key() -> None:
 def test_padding_that_is_overwritten_before_its_use_is_refused() -> None:
     def f(x: Tensor, p: Tensor) -> Tensor:
         q = x.view(2, 12, 4, 8).transpose(1, 2)
-        keys = p != 0
+        keys = p != 5
         mask = keys[:, None, None, :] & torch.ones(12, 12, dtype=torch.bool)
         keys.zero_()
         return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
