@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
+from nsa_compile.passes.erase import erase_unused
 from nsa_compile.passes.inline import Body, Inlined
 from nsa_compile.passes.reasons import Reason, Refusal
-from nsa_compile.passes.rewrite import Rewriter, erase_unused
+from nsa_compile.passes.rewrite import Rewriter
 from nsa_compile.passes.site import Decision, Mask
 
 

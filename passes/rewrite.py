@@ -11,6 +11,7 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.emit import Caller
+from nsa_compile.passes.erase import erase_unused
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
 from nsa_compile.passes.visibility import Visibility, row
 
@@ -36,8 +37,8 @@ class Rewriter:
 
     Around it stand the steps that bring q, k, v and out to ``[B, H, T, D]`` and back, casts to the
     dtype in which the site computes its logits, and ``out * sigmoid(lse - sink)`` for sinks. Nodes
-    that only fed the replaced attention (the mask's program, repeated heads) are erased when they
-    are pure. A decision that keeps its site dense is skipped.
+    that only fed the replaced attention (the mask's program, repeated heads, scores written in
+    place) are erased. A decision that keeps its site dense is skipped.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -187,25 +188,3 @@ def _move_behind(new: fx.Node, old: fx.Node) -> None:
             late.add(node)
             last.append(node)
             last = node
-
-
-def erase_unused(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
-    """Erase ``candidates`` that nobody uses any more, and then their inputs likewise.
-
-    Skips placeholders, in-place and other impure nodes: those have effects without users.
-    """
-    pending = list(candidates)
-    while pending:
-        node = pending.pop()
-        if node.graph is not graph or node._erased or node.users or not _is_pure(node):
-            continue
-        pending += node.all_input_nodes
-        graph.erase_node(node)
-
-
-def _is_pure(node: fx.Node) -> bool:
-    if node.op == "get_attr":
-        return True
-    if node.op not in ("call_method", "call_function"):
-        return False
-    return not node.is_impure() and not dialect.written(node)

@@ -31,7 +31,7 @@ class Mutations:
         for position, node in enumerate(graph.nodes):
             self._order[node] = position
             for target in dialect.written(node):
-                self._writes.setdefault(_base(target), []).append(node)
+                self._writes.setdefault(base(target), []).append(node)
 
     @property
     def any(self) -> bool:
@@ -45,7 +45,7 @@ class Mutations:
         """
         if not self._writes:
             return node
-        writes = self._writes.get(_base(node))
+        writes = self._writes.get(base(node))
         if writes is None:
             return node
         now = len(self._order) if reader is None else self._order[reader]
@@ -59,7 +59,7 @@ class Mutations:
         # An in-place view (unsqueeze_) changes the shape that ``node`` was recorded with.
         same_shape = dialect.shape(last) is not None and dialect.shape(last) == dialect.shape(node)
         functional = op is not None and op.inplace and same_shape
-        if functional and (node is last or _whole(node) is _whole(last.args[0]) is _base(node)):
+        if functional and (node is last or _whole(node) is _whole(last.args[0]) is base(node)):
             return last
         return f"written to in place by {dialect.describe(last)}"
 
@@ -77,7 +77,7 @@ def _whole(node: Any) -> Any:
     return node
 
 
-def _base(node: fx.Node) -> fx.Node:
+def base(node: fx.Node) -> fx.Node:
     """The tensor whose memory ``node`` may share."""
     while True:
         first = node.args[0] if node.args else None
