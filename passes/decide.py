@@ -23,6 +23,8 @@ def decide(site: AttentionSite, config: NSAConfig) -> Decision:
 
 def _legality(site: AttentionSite, config: NSAConfig) -> Refusal | None:
     """Why the operators cannot compute this site, or None."""
+    if isinstance(site.mask, Refusal) and site.mask.reason is Reason.INSIDE_OPERATOR:
+        return site.mask
     for check in (_shapes, _decode, _mask, _modifiers, _dropout, _dtype, _scale):
         refusal = check(site)
         if refusal is not None:

@@ -10,6 +10,7 @@ from torch import fx
 
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.decide import decide
+from nsa_compile.passes.enclosed import enclosed, under
 from nsa_compile.passes.inline import inline
 from nsa_compile.passes.lower import Lowering, hides, lower
 from nsa_compile.passes.match import find_sites
@@ -52,7 +53,7 @@ def analyse(
         config: the user's options.
         values: real tensors of placeholders whose value may be read (buffers, constants).
     """
-    known = dict(values or {})
+    given, known = gm, dict(values or {})
     inlined = inline(gm, always=hides(gm))
     reading = None if inlined is None else lower(inlined)
     refused: list[AttentionSite] = []
@@ -61,10 +62,11 @@ def analyse(
         known = {copies[node]: tensor for node, tensor in known.items()}
         gm = inlined.module
         refused = reading.refused
-    sites = find_sites(gm, values=known) + refused
+    sites = under(find_sites(gm, values=known) + refused, gm.graph)
     decisions = tuple(decide(site, config) for site in sites)
     if inlined is not None:
         decisions = agreed(decisions, inlined)
+    decisions += tuple(decide(site, config) for site in enclosed(given, inlined))
     masks = [d.site.mask for d in decisions if d.converted and isinstance(d.site.mask, Mask)]
 
     def inputs(nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:

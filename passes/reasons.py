@@ -87,6 +87,11 @@ class Reason(Enum):
         "a softmax between two matrix products that is spelled in an unknown way: {detail}",
         "use scaled_dot_product_attention, or report the graph (TORCH_LOGS=graph_code)",
     )
+    INSIDE_OPERATOR = (
+        "inside_operator",
+        "it runs inside an operator whose body is not rewritten: {detail}",
+        "move the attention out of torch.cond, scan, vmap, autograd.Function and the like",
+    )
     SIZES_DO_NOT_FIT = (
         "sizes_do_not_fit",
         "the configured sizes do not fit this site: {detail}",

@@ -83,6 +83,9 @@ CASES: dict[Reason, tuple[Callable[..., Any], tuple[torch.Tensor, ...], dict[str
     Reason.ADDITIVE_BIAS: (biased, (Q, torch.randn(4, T, T)), {}, "%"),
     Reason.DATA_DEPENDENT_MASK: (indexed, (Q,), {}, "%"),
     Reason.UNRECOGNISED_ATTENTION: (sharpened, (Q,), {}, "sin"),
+    Reason.INSIDE_OPERATOR: (
+        lambda q: torch.cond(q.sum() > 0, sdpa, torch.sin, (q,)), (Q,), {}, "%cond",
+    ),
     Reason.SIZES_DO_NOT_FIT: (
         # Positions that do not start on a block: the window touches one more of them.
         lambda q: F.scaled_dot_product_attention(
