@@ -27,7 +27,10 @@ def agreed(decisions: Iterable[Decision], inlined: Inlined) -> tuple[Decision, .
     shapes: dict[fx.Node, set[Any]] = {}
     for decision in decisions:
         body, node = inlined.site(decision.site.output)
-        if body is not None:
+        lse = decision.site.lse
+        if lse is not None and inlined.origin[lse][0] is not body:
+            shapes[node] = {None, ()}  # what is replaced stands in two graphs
+        elif body is not None:
             found = shapes.setdefault(node, set())
             found.add(_shape(decision, body, inlined))
             reachable = all(_reachable(n, body, inlined) for n in _reads(decision))
