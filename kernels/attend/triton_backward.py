@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa_compile.kernels.attend import triton_gathered
 from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.attend.triton_rows import (
     last_steps,
@@ -369,11 +370,21 @@ def backward(
             gradient.zero_()
         return gradients
     dq, dk, dv = gradients
-    ordered = order_blocks(block_indices, q.shape[2], k.shape[2], site)
     extra = terms(site.visibility, site.modifiers, q)
     delta = torch.empty_like(lse)
-    _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, dq, delta, site, extra)
-    _launch_key(grad_out, q, k, v, lse, ordered[0], dk, dv, delta, site, extra)
+
+    def query_gradient(lists, site):
+        ordered = order_blocks(lists, q.shape[2], k.shape[2], site)
+        _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, dq, delta, site, extra)
+        return ordered[0]
+
+    if triton_gathered.serves(q, k, v, site):
+        lists = triton_gathered.query_gradient(
+            grad_out, q, k, v, lse, delta, dq, block_indices, site, query_gradient
+        )
+    else:
+        lists = query_gradient(block_indices, site)
+    _launch_key(grad_out, q, k, v, lse, lists, dk, dv, delta, site, extra)
     return gradients
 
 

@@ -10,10 +10,13 @@ Blocks that every row sees whole come first and need no mask. Exponentials are b
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from nsa_compile.kernels.attend import triton_gathered
 from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.attend.triton_backward import backward
 from nsa_compile.kernels.attend.triton_rows import (
@@ -168,6 +171,15 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, Hq, Tq, Dv] in q's dtype, token-major, and lse [B, Hq, Tq] in float32."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    if triton_gathered.serves(q, k, v, site):
+        return triton_gathered.forward(q, k, v, block_indices, site, functools.partial(_tiled, q, k, v))
+    return _tiled(q, k, v, block_indices, site)
+
+
+def _tiled(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, site: Site
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A program for the rows of each tile, or for some of them."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, value_dim = k.shape[1], k.shape[2], v.shape[3]
     out = empty_token_major(q, batch, q_heads, q_len, value_dim)
