@@ -46,7 +46,7 @@ class Launch(NamedTuple):
 # By kernel, whether inputs have sixteen bits, and the widest head dim padded to a power of two.
 LAUNCHES: dict[tuple[str, bool, int], Launch] = {
     ("forward", True, 64): Launch(128, 4, 2),
-    ("forward", True, 128): Launch(128, 8, 2),
+    ("forward", True, 128): Launch(64, 4, 2),
     ("forward", True, 256): Launch(64, 8, 1),
     ("query", True, 64): Launch(64, 4, 2),
     ("query", True, 128): Launch(64, 4, 2),
@@ -166,7 +166,7 @@ def _forward_steps(
         tl.store(part_lse + place, base + tl.log2(total), mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_segment"])
 def _forward(
     q, k, v, valid, entries, starts, item_first, item_block, part, part_lse, scale, first_segment,
     segments, segment_tiles, kv_heads, q_len, kv_len, offset, window, blocks, items, length,
@@ -227,7 +227,7 @@ def _merged_row(
     return pair // kv_heads, head, query, mine, slots, local * length + slots, within
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_segment"])
 def _merge(
     out, lse, part, part_lse, left, first_segment, segments, segment_tiles, length, blocks,
     kv_heads, q_len, o_batch, o_head, o_row, G: tl.constexpr, N: tl.constexpr,
@@ -245,8 +245,8 @@ def _merge(
     slot = tl.arange(0, N_PAD)
     there = mine[:, None] & (slot < N)[None, :]
     used = tl.load(listed[:, None] + slot[None, :], mask=there, other=blocks) < blocks
-    spot = (first[:, None] + slot[None, :]) * (G * R) + within[:, None]
-    logs = tl.load(part_lse + spot, mask=used, other=float("-inf"))
+    spots = (first[:, None] + slot[None, :]) * (G * R) + within[:, None]
+    logs = tl.load(part_lse + spots, mask=used, other=float("-inf"))
     top = tl.maximum(mine_lse, tl.max(logs, 1))
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.exp2(mine_lse - base) + tl.sum(tl.exp2(logs - base[:, None]), 1)
@@ -299,7 +299,7 @@ def _query_steps(
         store_rows(part, place * D, 1, mine, dq * signed_scale, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_segment"])
 def _query_gradient(
     q, k, v, do, lse, delta, valid, entries, starts, item_first, item_block, part, scale,
     first_segment, segments, segment_tiles, kv_heads, q_len, kv_len, offset, window, blocks, items,
@@ -346,7 +346,7 @@ def _query_gradient(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_segment"])
 def _add(
     dq, part, left, first_segment, segments, segment_tiles, length, blocks, kv_heads, q_len,
     dq_batch, dq_head, dq_row, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
