@@ -172,7 +172,8 @@ def forward(
     """out [B, Hq, Tq, Dv] in q's dtype, token-major, and lse [B, Hq, Tq] in float32."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     if triton_gathered.serves(q, k, v, site):
-        return triton_gathered.forward(q, k, v, block_indices, site, functools.partial(_tiled, q, k, v))
+        tiled = functools.partial(_tiled, q, k, v)
+        return triton_gathered.forward(q, k, v, block_indices, site, tiled)
     return _tiled(q, k, v, block_indices, site)
 
 

@@ -110,6 +110,27 @@ ATTENDED = {
         count=12, query_tile=32,
     ),
 }  # fmt: skip
+# Token-granular lists, whose blocks gather their readers.
+_TOKENS = _MASKED._replace(query_tile=1, count=5)
+GATHERED = {
+    "group 1, 2000 keys": MASKS["2000 keys"]._replace(heads=2, query_tile=1, count=16),
+    "group 4": _TOKENS._replace(heads=8),
+    "group 7, dims 80": _TOKENS._replace(heads=14, dim=80, value_dim=80),
+    "group 16, padding": _TOKENS._replace(heads=32, padded=True),
+    "group 16, 2000 keys": MASKS["2000 keys"]._replace(heads=32, query_tile=1, count=16),
+    "window and padding": _TOKENS._replace(window=130, padded=True),
+    "not causal, dims 192 and 128": _TOKENS._replace(causal=False, dim=192),
+    "tile 4, block 16": _TOKENS._replace(query_tile=4, block=16, count=12),
+    "block 24": _TOKENS._replace(block=24, count=9),
+    "negative scale and offset": _TOKENS._replace(scale=-0.15, offset=-20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scratch", [1 << 17, 1 << 29])
+@pytest.mark.parametrize("name", GATHERED)
+def test_gathered_attention(name: str, scratch: int, dtype: torch.dtype) -> None:
+    triton_cases.gathered(GATHERED[name], dtype, "cuda", scratch)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -158,6 +158,26 @@ def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any
         assert torch.equal(once, twice), "two runs differ"
 
 
+def gathered(case: Case, dtype: torch.dtype, device: str = "cpu", scratch: int = 1 << 12) -> None:
+    """``attend`` with short lists gathered too; little scratch memory makes many rounds."""
+    from nsa_compile.kernels.attend import triton_gathered
+
+    constants = {"LEAST_QUERIES": 1, "MOST_ROWS": 64, "PIECE_ROWS": 64, "SCRATCH_BYTES": scratch}
+    with replaced(triton_gathered, constants):
+        attend(case, dtype, device)
+
+
+def gathers(case: Case) -> bool:
+    """Whether the case is served by gathering, were it long enough."""
+    from nsa_compile.kernels.attend import triton_gathered
+    from nsa_compile.kernels.attend.site import Site as AttentionSite
+
+    q, k, v, valid = inputs(case, torch.float32)
+    site = AttentionSite(*case.terms(valid), *case.logits, case.query_tile, case.block)
+    with replaced(triton_gathered, {"LEAST_QUERIES": 1}):
+        return triton_gathered.serves(q, k, v, site)
+
+
 def select(
     case: Case, dtype: torch.dtype, scorer: str, device: str = "cpu", **overrides: Any
 ) -> None:
