@@ -9,8 +9,9 @@ if (_root / "passes" / "config.py").is_file() and (_root / "pyproject.toml").is_
     # A source checkout: passes/ and kernels/ stand beside this package, not inside it.
     __path__.append(str(_root))
 
-from nsa_compile.backend import ConversionWarning, StrictError, nsa  # noqa: E402
+from nsa_compile.backend import StrictError, nsa  # noqa: E402
 from nsa_compile.compilations import report  # noqa: E402
+from nsa_compile.guards import ConversionWarning  # noqa: E402
 from nsa_compile.passes.config import NSAConfig, NSAConfigError  # noqa: E402
 from nsa_compile.report import RewriteReport  # noqa: E402
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 import nsa_compile.kernels.library  # noqa: F401  registers torch.ops.nsa
 from nsa_compile import compilations
 from nsa_compile.compilations import CompiledGraph
+from nsa_compile.guards import (
+    Agreement,
+    Binary,
+    Condition,
+    ConversionWarning,
+    GuardedCallable,
+    Unchanged,
+)
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.passes.cost import failed_record, record
 from nsa_compile.passes.pipeline import Conversion, analyse, rewrite
@@ -29,10 +36,6 @@ Compiled = Callable[..., Any]
 
 class StrictError(RuntimeError):
     """strict=True, and at least one attention layer would stay dense."""
-
-
-class ConversionWarning(UserWarning):
-    """A graph was compiled without conversion because nsa_compile itself failed on it."""
 
 
 def nsa(
@@ -71,8 +74,7 @@ def nsa(
     if not conversion.converts:
         return _inner(gm, example_inputs, config, mode)
     original = Snapshot(gm)
-    guarded = [(_position(gm, node), values[node]) for node in conversion.guarded]
-    binary = [_position(gm, node) for node in conversion.binary]
+    conditions = _conditions(gm, conversion, values)
     try:
         rewrite(gm, conversion)
         compiled = _inner(gm, example_inputs, config, mode)
@@ -81,59 +83,11 @@ def nsa(
             compilations.discard(entry)
             raise
         return _untouched(original.module(), example_inputs, config, mode, entry, error)
-    if not guarded and not binary:
+    if not conditions:
         return compiled
     return GuardedCallable(
-        compiled,
-        lambda: _inner(original.module(), example_inputs, config, mode),
-        guarded,
-        binary,
-        entry,
+        compiled, lambda: _inner(original.module(), example_inputs, config, mode), conditions, entry
     )
-
-
-class GuardedCallable:
-    """Runs the converted graph while what its mask proofs took for granted holds, else the dense.
-
-    A mask proven from a buffer's values holds only for those values: each call compares the
-    tensor's identity and version counter, which is no device work. A padding mask that the model
-    does arithmetic on was proven for 0 and 1: each call reads it, which on a GPU waits for the
-    work queued before.
-    """
-
-    def __init__(
-        self,
-        converted: Compiled,
-        compile_dense: Callable[[], Compiled],
-        guarded: Sequence[tuple[int, torch.Tensor]],
-        binary: Sequence[int],
-        entry: CompiledGraph,
-    ) -> None:
-        self.converted = converted
-        self.compile_dense = compile_dense
-        self.dense: Compiled | None = None
-        self.entry = entry
-        self.guards = [(i, weakref.ref(tensor), tensor._version) for i, tensor in guarded]
-        self.binary = binary
-
-    def __call__(self, *args: Any) -> Any:
-        for position, tensor, version in self.guards:
-            if args[position] is not tensor() or args[position]._version != version:
-                return self._dense(f"a mask buffer (graph input {position}) changed")(*args)
-        for position in self.binary:
-            if not bool(((args[position] == 0) | (args[position] == 1)).all()):
-                text = f"a padding mask (graph input {position}) holds more than 0 and 1"
-                return self._dense(text)(*args)
-        return self.converted(*args)
-
-    def _dense(self, why: str) -> Compiled:
-        """The dense graph; the first time this is warned about and noted in the report."""
-        if self.dense is None:
-            text = f"{why}: graph {self.entry.compile_id} of {self.entry.model} runs dense"
-            self.entry.failures.append(text)
-            warnings.warn(f"nsa_compile: {text}", ConversionWarning, stacklevel=2)
-            self.dense = self.compile_dense()
-        return self.dense
 
 
 def _inner(
@@ -225,8 +179,15 @@ def _is_state(node: fx.Node) -> bool:
     return (kind() if callable(kind) else kind) is GuardSource.GLOBAL
 
 
-def _position(gm: fx.GraphModule, placeholder: fx.Node) -> int:
-    return list(gm.graph.find_nodes(op="placeholder")).index(placeholder)
+def _conditions(
+    gm: fx.GraphModule, conversion: Conversion, values: Mapping[fx.Node, torch.Tensor]
+) -> list[Condition]:
+    """What the proofs took for granted, to be looked at in every call."""
+    position = {node: at for at, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    found: list[Condition] = [Unchanged(position[n], values[n]) for n in conversion.guarded]
+    found += [Binary(position[n]) for n in conversion.binary]
+    found += [Agreement(blocks, position) for blocks in conversion.blocks]
+    return found
 
 
 def _records(conversion: Conversion, entry: CompiledGraph) -> list[SiteRecord]:

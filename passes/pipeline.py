@@ -12,7 +12,7 @@ from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.decide import decide
 from nsa_compile.passes.enclosed import enclosed, under
 from nsa_compile.passes.inline import inline
-from nsa_compile.passes.lower import Lowering, hides, lower
+from nsa_compile.passes.lower import Blocks, Lowering, hides, lower
 from nsa_compile.passes.match import find_sites
 from nsa_compile.passes.outline import Outliner, agreed
 from nsa_compile.passes.rewrite import Rewriter
@@ -28,6 +28,8 @@ class Conversion:
         guarded: placeholders of the analysed graph whose values a proof read; the conversion holds
             while they keep them.
         binary: placeholders that a proof takes to hold 0 and 1 only; checked at every call.
+        blocks: BlockMasks of flex_attention that have to agree with their mask_mod; checked when
+            they change.
         reading: how the graph was read, where not as it is: with the bodies of higher-order
             operators inlined and hidden attention spelled out, in a copy on whose nodes the
             decisions stand.
@@ -36,6 +38,7 @@ class Conversion:
     decisions: tuple[Decision, ...]
     guarded: tuple[fx.Node, ...]
     binary: tuple[fx.Node, ...] = ()
+    blocks: tuple[Blocks, ...] = ()
     reading: Lowering | None = None
 
     @property
@@ -69,15 +72,20 @@ def analyse(
     decisions += tuple(decide(site, config) for site in enclosed(given, inlined))
     masks = [d.site.mask for d in decisions if d.converted and isinstance(d.site.mask, Mask)]
 
+    claims = [] if reading is None else reading.claims(decisions)
+
+    def given_node(node: fx.Node) -> fx.Node:
+        return node if inlined is None else inlined.origin[node][1]
+
     def inputs(nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
         """The placeholders of the given graph that ``nodes`` are copies of."""
-        found = dict.fromkeys(nodes)
-        return tuple(n if inlined is None else inlined.origin[n][1] for n in found)
+        return tuple(map(given_node, dict.fromkeys(nodes)))
 
     return Conversion(
         decisions,
         guarded=inputs(n for mask in masks for n in mask.buffers),
         binary=inputs(n for mask in masks for n in mask.binary),
+        blocks=tuple(claim.renamed(given_node) for claim in claims),
         reading=reading,
     )
 

@@ -13,11 +13,9 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.emit import Caller
+from nsa_compile.passes.lower.blocks import is_given
 from nsa_compile.passes.lower.calls import Unsupported
 from nsa_compile.passes.reasons import Reason, Refusal
-
-# Block sizes of the mask that flex_attention makes for itself when it is given none.
-_ONE_BLOCK = 1 << 30
 
 
 def flex(node: fx.Node, call: Caller) -> dict[int, fx.Node]:
@@ -86,9 +84,8 @@ def _inlined(
 
 
 def _check_blocks(node: fx.Node, block_mask: Sequence[Any], keep: fx.Node) -> None:
-    """The blocks of a BlockMask are those that its mask_mod shows, unless it has none."""
-    given = any(isinstance(size, int) and size < _ONE_BLOCK for size in block_mask[-3:-1])
-    if given and dialect.shape(keep) == ():
+    """A BlockMask without mask_mod hides blocks all the same."""
+    if is_given(block_mask) and dialect.shape(keep) == ():
         why = f"node {dialect.describe(node)}: a BlockMask without mask_mod"
         raise Unsupported(Refusal(Reason.MASK_FROM_OUTSIDE, why))
 

@@ -13,12 +13,14 @@ from torch import fx
 from nsa_compile.passes import dialect
 from nsa_compile.passes.emit import Caller
 from nsa_compile.passes.inline import Inlined
+from nsa_compile.passes.lower.blocks import Blocks, claimed
 from nsa_compile.passes.lower.calls import Unsupported, encoder_layer, multi_head, native_multi_head
 from nsa_compile.passes.lower.flex import flex
 from nsa_compile.passes.match import origin
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Decision
 
+_FLEX = torch.ops.higher_order.flex_attention
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 # What each call is spelled out as: its results by output position. A lowering adds nodes only.
@@ -26,7 +28,7 @@ _CALLS: dict[Any, tuple[str, Callable[[fx.Node, Caller], dict[int, fx.Node]]]] =
     torch.nn.functional.multi_head_attention_forward: ("multi_head_attention_forward", multi_head),
     torch._transformer_encoder_layer_fwd: ("transformer_encoder_layer", encoder_layer),
     torch._native_multi_head_attention: ("native_multi_head_attention", native_multi_head),
-    torch.ops.higher_order.flex_attention: ("flex_attention", flex),
+    _FLEX: ("flex_attention", flex),
 }
 
 
@@ -38,6 +40,7 @@ class _Form:
     attention: fx.Node
     new: list[fx.Node]
     results: dict[int, fx.Node]
+    blocks: Blocks | None = None
 
 
 @dataclass
@@ -63,6 +66,8 @@ class Lowering:
             forms = self._forms.setdefault(original, [])
             first = next(iter(forms), form)
             _check_same(form, first)
+            if call.target is _FLEX:
+                form.blocks = claimed(call, self.inlined.owner(call))
         except Unsupported as refusal:
             for node in reversed(_between(before, call)):
                 call.graph.erase_node(node)
@@ -73,6 +78,16 @@ class Lowering:
         # The calls of one body share what they are spelled out as: the first one's nodes.
         for node, shared in zip(form.new, first.new, strict=True):
             self.inlined.origin[node] = (body, shared)
+
+    def claims(self, decisions: Iterable[Decision]) -> list[Blocks]:
+        """What converted forms take for granted of their BlockMasks, each BlockMask once."""
+        converted = {d.site.output for d in decisions if d.converted}
+        found: dict[Any, Blocks] = {}
+        for form in (form for forms in self._forms.values() for form in forms):
+            if form.blocks is not None and form.attention in converted:
+                key = (*form.blocks.inputs(), form.blocks.lengths, form.blocks.mask_mod.code)
+                found[key] = form.blocks
+        return list(found.values())
 
     def settle(self, decisions: Iterable[Decision]) -> None:
         """Spell out the calls of converted forms in the graphs where they stand."""
@@ -161,10 +176,26 @@ def _site(call: fx.Node, spelling: str, refusal: Refusal) -> AttentionSite:
     path, cls = origin.module(call)
     query = next(n for n in call.all_input_nodes)
     value = dialect.value(query)
-    heads = next((a for a in call.args[4:5] or call.args[2:3] if isinstance(a, int)), 0)
+    given = [x for x in call.args[:3] if isinstance(x, fx.Node) and _is_split(x)]
+    if len(given) == 3:
+        shapes = [dialect.value(x).shape for x in given]
+    else:
+        heads = next((a for a in call.args[4:5] or call.args[2:3] if isinstance(a, int)), 0)
+        shapes = [(1, heads, 0, 0)] * 3
+    (batch, heads, q_len, width), (_, kv_heads, kv_len, _), (*_, value_width) = shapes
     return AttentionSite(
         output=call, query=query, key=query, value=query, scale=float("nan"), dropout=0.0,
         mask_node=None, mask=refusal, spelling=spelling, module=path, module_class=cls,
-        source=origin.source(call), ordinal=0, q_heads=heads, kv_heads=heads,
-        head_dim=0, value_dim=0, batch=1, q_len=0, kv_len=0, dtype=value.dtype,
+        source=origin.source(call), ordinal=0, q_heads=_static(heads), kv_heads=_static(kv_heads),
+        head_dim=_static(width), value_dim=_static(value_width), batch=batch, q_len=q_len,
+        kv_len=kv_len, dtype=value.dtype,
     )  # fmt: skip
+
+
+def _is_split(x: fx.Node) -> bool:
+    """Whether ``x`` is [B, H, T, D]."""
+    return len(dialect.shape(x) or ()) == 4
+
+
+def _static(size: Any) -> int:
+    return size if isinstance(size, int) else 0
