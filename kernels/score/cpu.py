@@ -17,13 +17,14 @@ from nsa_compile.kernels.attend.plan import Workspace
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.precision import accumulator
+from nsa_compile.kernels.score.half import block_maxima, narrow_pair, score_dtype
 from nsa_compile.kernels.score.logits import Masks, add_alibi_, cap_, softmax_, tile_sum
 from nsa_compile.kernels.visibility import Visibility, holds_valid_key, key_bounds
 from nsa_compile.kernels.workers import share_pairs
 
-# Logits held at once, in elements: 1 MB of float32, half of an L2 cache. Twice that takes a tenth
-# longer, half of it too.
-_PIECE = 1 << 18
+# Logits held at once, in bytes: half of an L2 cache. Twice that takes a tenth longer, half of it
+# too.
+_PIECE = 1 << 20
 # Rows (heads of the group x queries) of one run of tiles.
 _ROWS = 512
 # Elements of q or k squared at once.
@@ -89,7 +90,6 @@ class _Scorer:
         self.visibility, self.modifiers = visibility, modifiers
         self.places = [divmod(pair, k.shape[1]) for pair in pairs]
         self.wide, self.workspace = accumulator(k.dtype), Workspace()
-        self.masks = Masks(tiling, visibility, self.wide, self.workspace)
 
     def add_alibi_(self, logits: Tensor, pair: int, query: int, keys: range) -> Tensor:
         """ALiBi as seen from the position ``query``, on logits [keys, G, rows]."""
@@ -111,17 +111,38 @@ class ChannelScorer(_Scorer):
         super().__init__(k, q.shape[1] // k.shape[1], visibility, modifiers, tiling, pairs)
         kept, length = summary.shape[2], tiling.kv_len
         width = kept + (visibility.valid is not None)
-        self.rows = q.new_ones(len(pairs), self.group, q.shape[2], width, dtype=self.wide)
-        self.keys = k.new_zeros(len(pairs), tiling.blocks * tiling.block, width, dtype=self.wide)
-        for (entry, head), rows, keys in zip(self.places, self.rows, self.keys, strict=True):
+        self.dtype = score_dtype(self.wide, modifiers, self.group * q.shape[2] * length)
+        self.masks = Masks(tiling, visibility, self.dtype, self.workspace)
+        self.half, self.signed = self.dtype != self.wide, False
+        self.undo = torch.ones(len(pairs), 1, 1, dtype=self.wide)
+        self.rows = q.new_ones(len(pairs), self.group, q.shape[2], width, dtype=self.dtype)
+        self.keys = k.new_zeros(len(pairs), tiling.blocks * tiling.block, width, dtype=self.dtype)
+        for pair, (entry, head) in enumerate(self.places):
             picked = summary[entry, head].long()
-            for row, queries in zip(rows, q[entry, head * self.group :], strict=False):
-                row[:, :kept] = queries.index_select(1, picked)
-            keys[:length, :kept] = k[entry, head].index_select(1, picked)
-            if visibility.valid is not None:
-                _silence(keys[:length], visibility.valid[entry])
-            keys[length:] = keys[length - 1]
-        self.rows[..., :kept] *= scale
+            heads = q[entry, head * self.group : (head + 1) * self.group]
+            # Row by row of one matrix at a time index_select is three times as fast.
+            queries = torch.stack([x.index_select(1, picked) for x in heads]).to(self.wide)
+            keys = k[entry, head].index_select(1, picked).to(self.wide)
+            valid = None if visibility.valid is None else visibility.valid[entry]
+            if valid is not None:
+                # Whatever padding holds, its logit must be -inf and not NaN.
+                keys.masked_fill_(~valid[:, None], 0.0)
+            own = self.keys[pair]
+            self._fill(pair, queries, keys, valid, scale, own[:length, :kept])
+            if valid is not None:
+                own[:length, -1].masked_fill_(~valid, -torch.inf)
+            own[length:] = own[length - 1]
+
+    def _fill(
+        self, pair: int, queries: Tensor, keys: Tensor, valid: Tensor | None, scale: float,
+        own: Tensor,
+    ) -> None:  # fmt: skip
+        rows = self.rows[pair, ..., : keys.shape[1]]
+        if self.half:
+            self.undo[pair] = narrow_pair(queries, keys, valid, scale, self.modifiers, rows, own)
+        else:
+            torch.mul(queries, scale, out=rows)
+            own.copy_(keys)
 
     def run_of_tiles(self) -> int:
         """Tiles to score together."""
@@ -150,29 +171,64 @@ class ChannelScorer(_Scorer):
 
         Every row sees the blocks ``whole``.
         """
-        block, sloped = self.tiling.block, self.modifiers.slopes is not None
         start, stop = (p - self.tiling.offset for p in positions)
         queries = self.rows[:, :, start:stop].flatten(1, 2).transpose(1, 2)
         width = queries.shape[2]
-        best = self.workspace.take("best", self.wide, len(queries), self.tiling.blocks, width)
+        best = self.workspace.take("best", self.dtype, len(queries), self.tiling.blocks, width)
         best = best[:, : blocks[1] - blocks[0]]
-        step = max(1, _PIECE // (width * block))
-        for at, end, masked in _pieces(blocks, whole, step):
-            keys = range(at * block, end * block)
-            logits = self.workspace.take("logits", self.wide, len(keys), width)
-            by_block = logits.view(end - at, block, -1)
-            by_head = logits.view(len(keys), self.group, -1)
-            mine = self.keys[:, keys.start : keys.stop].unbind()
-            maxima = best[:, at - blocks[0] : end - blocks[0]].unbind()
-            for pair, (entry, _) in enumerate(self.places):
-                torch.mm(mine[pair], queries[pair], out=logits)
-                if sloped:
-                    self.add_alibi_(cap_(by_head, self.modifiers), pair, positions[0], keys)
-                if masked:
-                    by_head.add_(self.masks.bias(entry, positions, keys))
-                torch.amax(by_block, dim=1, out=maxima[pair])
+        step = max(1, _PIECE // (width * self.tiling.block * self.dtype.itemsize))
+        pieces = list(_pieces(blocks, whole, step))
+        for pair, maxima in enumerate(best.unbind()):
+            self._maxima(pair, queries[pair], positions, pieces, maxima)
+            if self.half and not self.signed and self._any_negative(maxima, pieces):
+                # Once seen, looked for: what is scored here would be scored twice each time.
+                self.signed = True
+                self._maxima(pair, queries[pair], positions, pieces, maxima)
+        if self.half:
+            wide = self.workspace.take("wide", self.wide, *best.shape).copy_(best)
+            best = wide.mul_(self.undo)
         # Without slopes the cap is monotone and waits for the maxima.
-        return best if sloped else cap_(best, self.modifiers)
+        return best if self.modifiers.slopes is not None else cap_(best, self.modifiers)
+
+    def _maxima(
+        self, pair: int, columns: Tensor, positions: tuple[int, int],
+        pieces: list[tuple[int, int, bool]], out: Tensor,
+    ) -> None:  # fmt: skip
+        """Largest logits of a pair's ``columns`` [r, W] in the blocks of the pieces: [.., W]."""
+        block, width = self.tiling.block, columns.shape[1]
+        keys, first = self.keys[pair].view(-1, block, len(columns)), pieces[0][0]
+        most = max(end - at for at, end, _ in pieces)
+        room = self.workspace.take("logits", self.dtype, most, block, width)
+        for at, end, masked in pieces:
+            by_block = room if end - at == most else room[: end - at]
+            logits = by_block.view(-1, width)
+            torch.mm(keys[at:end].view(-1, len(columns)), columns, out=logits)
+            if self.modifiers.slopes is not None or masked:
+                self._modify_(logits, pair, positions, range(at * block, end * block), masked)
+            maxima = out[at - first : end - first]
+            if self.half:
+                block_maxima(by_block, maxima, masked or self.signed)
+            else:
+                torch.amax(by_block, dim=1, out=maxima)
+
+    @staticmethod
+    def _any_negative(maxima: Tensor, pieces: list[tuple[int, int, bool]]) -> bool:
+        """Is a maximum of a piece that no mask cuts negative?"""
+        clear = [(at, end) for at, end, masked in pieces if not masked]
+        if not clear:
+            return False
+        first = pieces[0][0]
+        seen = maxima[clear[0][0] - first : clear[-1][1] - first]
+        return int(seen.view(torch.int16).amin()) < 0
+
+    def _modify_(
+        self, logits: Tensor, pair: int, positions: tuple[int, int], keys: range, masked: bool
+    ) -> None:
+        by_head = logits.view(len(keys), self.group, -1)
+        if self.modifiers.slopes is not None:
+            self.add_alibi_(cap_(by_head, self.modifiers), pair, positions[0], keys)
+        if masked:
+            by_head.add_(self.masks.bias(self.places[pair][0], positions, keys))
 
 
 class MeanScorer(_Scorer):
@@ -185,6 +241,7 @@ class MeanScorer(_Scorer):
         visibility = replace(visibility, query_segments=None, key_segments=None)
         super().__init__(k, q.shape[1] // k.shape[1], visibility, modifiers, tiling, pairs)
         self.length, self.stride = compress_block, compress_stride
+        self.masks = Masks(tiling, visibility, self.wide, self.workspace)
         self.q = q.unflatten(1, (k.shape[1], self.group))
         self.keys = summary.flatten(0, 1)[pairs.start : pairs.stop].to(self.wide) * scale
         self.holds = None
@@ -193,7 +250,7 @@ class MeanScorer(_Scorer):
 
     def run_of_tiles(self) -> int:
         """Tiles to score together."""
-        rows = min(_ROWS, _PIECE // max(1, self.keys.shape[1]))
+        rows = min(_ROWS, _PIECE // max(1, self.keys.shape[1] * self.wide.itemsize))
         return max(1, rows // (self.group * self.tiling.query_tile))
 
     def scores(self, first_tile: int, last_tile: int) -> Tensor:
@@ -248,13 +305,6 @@ class MeanScorer(_Scorer):
             start = before + delta
             columns = padded[:, start : start + (out.shape[1] - 1) * step + 1 : step]
             out.add_(columns, alpha=share)
-
-
-def _silence(keys: Tensor, valid: Tensor) -> None:
-    """Make keys [keys, X] that are not valid lose every maximum, by their last channel."""
-    # Whatever padding holds, its logit must be -inf and not NaN.
-    keys.masked_fill_(~valid[:, None], 0.0)
-    keys[:, -1].masked_fill_(~valid, -torch.inf)
 
 
 def _pieces(

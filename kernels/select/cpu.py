@@ -12,6 +12,9 @@ from nsa_compile.kernels.score.cpu import ChannelScorer, MeanScorer
 from nsa_compile.kernels.visibility import Visibility, visible_blocks
 from nsa_compile.kernels.workers import share_pairs
 
+# Scores that blocks are chosen from at once: 1 MB of float32.
+_CHOSEN = 1 << 18
+
 
 def select_blocks(
     q: Tensor, k: Tensor, summary: Tensor, visibility: Visibility, modifiers: Modifiers,
@@ -35,7 +38,9 @@ def select_blocks(
         else:
             scoring = MeanScorer(*inputs, compress_block, compress_stride)
         entries = torch.arange(pairs.start, pairs.stop) // kv_heads
-        step = scoring.run_of_tiles()
+        run = scoring.run_of_tiles()
+        # One choice for several runs: its calls are many and small.
+        step = run * max(1, _CHOSEN // (len(mine) * run * tiling.blocks))
         for first in range(0, tiling.tiles, step):
             tiles = range(first, min(first + step, tiling.tiles))
             visible = visible_blocks(tiling, tiles, visibility)
@@ -43,7 +48,8 @@ def select_blocks(
                 visible = visible[entries]
             forced = _forced_blocks(tiling, tiles, init_blocks, local_window)
             if decides:
-                scores = scoring.scores(tiles.start, tiles.stop)
+                runs = (range(tiles.stop)[at : at + run] for at in tiles[::run])
+                scores = torch.cat([scoring.scores(r.start, r.stop) for r in runs], dim=1)
             else:
                 scores = torch.zeros(len(entries), len(tiles), tiling.blocks)
             scores = scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
