@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import nsa_compile.kernels.attend.op
 import nsa_compile.kernels.compress.op
+import nsa_compile.kernels.compressed.op
 import nsa_compile.kernels.refine.op
 import nsa_compile.kernels.score.op
 import nsa_compile.kernels.select.op  # noqa: F401

@@ -24,9 +24,11 @@ def sees(positions: Tensor, keys: Tensor, tiling: Tiling) -> Tensor:
 
 def holds_valid_key(valid: Tensor, block: int, stride: int) -> Tensor:
     """bool [B, Nc]: the compressed block ``[c * stride, c * stride + block)`` holds a valid key."""
-    start = torch.arange(num_compressed(valid.shape[1], block, stride)) * stride
+    if num_compressed(valid.shape[1], block, stride) == 0:
+        return valid[:, :0]
     before = torch.nn.functional.pad(valid.cumsum(dim=1), (1, 0))
-    return before[:, start + block] > before[:, start]
+    edges = before.unfold(1, block + 1, stride)
+    return edges[..., -1] > edges[..., 0]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,12 @@ def select_blocks(
     q: Tensor, k: Tensor, summary: Tensor, visibility: Visibility, modifiers: Modifiers,
     scorer: str, scale: float, causal: bool, offset: int, window: int | None, query_tile: int,
     block: int, num_selected: int, init_blocks: int, local_window: int, compress_block: int,
-    compress_stride: int,
+    compress_stride: int, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """int32 [B, Hkv, NT, n], ascending, padded with -1; see the reference for what they mean."""
+    """int32 [B, Hkv, NT, n], ascending, padded with -1; see the reference for what they mean.
+
+    ``lse`` is not needed here: a run of tiles has all its logits at once.
+    """
     tiling = Tiling(q.shape[2], k.shape[2], causal, offset, window, query_tile, block)
     batch, kv_heads = k.shape[:2]
     chosen = torch.empty((batch * kv_heads, tiling.tiles, num_selected), dtype=torch.int32)

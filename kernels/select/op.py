@@ -2,6 +2,9 @@
 
 The result is int32 [B, Hkv, NT * n], the n slots of tile after tile: torch compiles separately for
 sizes 0 and 1, so a dimension NT would cost short sequences a compilation of their own.
+
+``lse`` float32 [B, Hq, Tq], of scorer "mean" alone: what nsa::compressed_attention returned for the
+same queries, compressed keys and mask. It saves a pass and changes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _lib.define(
     "Tensor? query_segments, Tensor? key_segments, Tensor? slopes, Tensor? positions, str scorer, "
     "float scale, float softcap, bool causal, SymInt offset, int? window, int query_tile, "
     "int block, int num_selected, int init_blocks, int local_window, int compress_block, "
-    "int compress_stride, int dense_len) -> Tensor"
+    "int compress_stride, int dense_len, Tensor? lse=None) -> Tensor"
 )
 
 
@@ -36,6 +39,7 @@ def _fake(
     positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool, offset: int,
     window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
     local_window: int, compress_block: int, compress_stride: int, dense_len: int,
+    lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     slots = geometry.num_tiles(q.shape[2], query_tile) * num_selected
     return q.new_empty((k.shape[0], k.shape[1], slots), dtype=torch.int32)
@@ -50,7 +54,7 @@ def _dispatch(implementation: Any) -> Any:
         positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool,
         offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
         init_blocks: int, local_window: int, compress_block: int, compress_stride: int,
-        dense_len: int,
+        dense_len: int, lse: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         if k.shape[2] <= dense_len:
             slots = geometry.num_tiles(q.shape[2], query_tile) * num_selected
@@ -66,7 +70,7 @@ def _dispatch(implementation: Any) -> Any:
             q, k, summary, Visibility(valid, ranges, query_segments, key_segments),
             Modifiers(slopes, positions, softcap), scorer, scale, causal, offset, window,
             query_tile, block, num_selected, init_blocks, local_window, compress_block,
-            compress_stride,
+            compress_stride, lse,
         )  # fmt: skip
         return blocks.flatten(2)
 
@@ -79,6 +83,10 @@ _lib.impl("select_blocks", _dispatch(lambda: launchers("select").select_blocks),
 not_differentiable(_lib, "select_blocks")
 
 
+# Arguments between the scorer and dense_len.
+_SIZES_TO_DENSE_LEN = 12
+
+
 @register_flop_formula(torch.ops.nsa.select_blocks)
 def _flops(
     q_shape: Any, k_shape: Any, summary_shape: Any, valid: Any, ranges: Any, query_segments: Any,
@@ -86,7 +94,7 @@ def _flops(
     **kwargs: Any,
 ) -> int:  # fmt: skip
     """One logit for each query and key on r channels, or for each query and compressed block."""
-    dense_len = kwargs.get("dense_len", args[-1] if args else 0)
+    dense_len = kwargs["dense_len"] if "dense_len" in kwargs else args[_SIZES_TO_DENSE_LEN]
     batch, q_heads, q_len, dim = q_shape
     if k_shape[2] <= dense_len:
         return 0

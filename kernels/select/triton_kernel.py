@@ -19,52 +19,18 @@ from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.score import triton_kernel as channels_scorer
 from nsa_compile.kernels.score import triton_mean as mean_scorer
-from nsa_compile.kernels.triton_site import Terms, key_ranges, terms, valid_before
-from nsa_compile.kernels.visibility import Visibility, blocks_of_queries
+from nsa_compile.kernels.select import triton_fused as fused
+from nsa_compile.kernels.select.triton_visible import seen_and_forced
+from nsa_compile.kernels.triton_site import LOG2_E, terms, valid_before
+from nsa_compile.kernels.visibility import Visibility, blocks_of_queries, holds_valid_key
 
 SCRATCH_BYTES = 256 << 20  # scores alive at a time; more tiles go in several rounds
 WIDEST = 16384  # blocks whose rank keys one program holds in registers
+_BEYOND_PADDING = ("RANGED", "SLOPED", "CAPPED")
 
 # Warps by number of blocks. One H100, 1,024 blocks, 32,768 lists, ms: 1 warp 0.31, 2 warps 0.35,
 # 4 warps 0.44; 8,192 lists: 0.13, 0.10, 0.12.
 WARPS = ((512, 1), (2048, 2), (WIDEST, 8))
-
-
-@triton.jit
-def _seen_and_forced(
-    before, spans, batch, block, first, last, kv_len, window, init_blocks, local_window, rows,
-    L: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr,
-    RANGED: tl.constexpr,
-):  # fmt: skip
-    """Whether some row of the tile at positions [first, last] sees a valid key, and must-reads."""
-    low, high, _, _ = key_ranges(first, last, kv_len, window, CAUSAL, WINDOWED)
-    start = block * L
-    stop = tl.minimum(start + L, kv_len)
-    seen_from = tl.maximum(start, low)
-    seen_to = tl.minimum(stop, high)
-    seen = seen_from < seen_to
-    if RANGED:
-        # A query sees every valid key of the blocks between its first and its last.
-        among = block < 0
-        for row in range(0, rows):
-            span = spans + row * 2
-            among = among | ((block >= tl.load(span)) & (block < tl.load(span + 1)))
-        seen = among & (start < stop)
-        seen_from = start
-        seen_to = stop
-    if PADDED:
-        tally = before + batch * (kv_len + 1)
-        valid = tl.load(tally + seen_to, mask=seen, other=0)
-        valid -= tl.load(tally + seen_from, mask=seen, other=0)
-        seen = seen & (valid > 0)
-    if CAUSAL:
-        near = first - local_window + 1
-        far = last
-    else:
-        near = first - (local_window - 1) // 2
-        far = last + local_window // 2
-    forced = seen & ((block < init_blocks) | ((start <= far) & (stop - 1 >= near)))
-    return seen, forced
 
 
 @triton.jit
@@ -97,7 +63,7 @@ def _rank_keys(
     PADDED: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
     """int32 keys of the blocks ``block`` for the tile at ``at``."""
-    seen, forced = _seen_and_forced(
+    seen, forced = seen_and_forced(
         before, spans, batch, block, first, last, kv_len, window, init_blocks, local_window,
         last - first + 1, L, CAUSAL, WINDOWED, PADDED, RANGED,
     )  # fmt: skip
@@ -195,9 +161,12 @@ def select_blocks(
     q: torch.Tensor, k: torch.Tensor, summary: torch.Tensor, visibility: Visibility,
     modifiers: Modifiers, scorer: str, scale: float, causal: bool, offset: int,
     window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
-    local_window: int, compress_block: int, compress_stride: int,
+    local_window: int, compress_block: int, compress_stride: int, lse: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """int32 [B, Hkv, NT, n], ascending, -1 padded: the blocks each tile reads."""
+    """int32 [B, Hkv, NT, n], ascending, -1 padded: the blocks each tile reads.
+
+    ``lse`` are the log-sum-exps of scorer "mean", where they are known.
+    """
     batch, kv_heads, kv_len, _ = k.shape
     q_len, pairs = q.shape[2], batch * kv_heads
     tiles, blocks = geometry.num_tiles(q_len, query_tile), geometry.num_blocks(kv_len, block)
@@ -218,10 +187,14 @@ def select_blocks(
     if mean:
         compression = (compress_block, compress_stride)
         geometry.overlap_weights(*compression, block)
-        extra = terms(visibility, modifiers, q)
-        score, parts = _mean_scores(
-            q, summary, before, kv_len, extra, site, query_tile, *compression
-        )
+        mass = _Mass(q, summary, visibility, modifiers, kv_len, site, query_tile, compression, lse)
+        if mass.plain and fused.fits(q.shape[1] // kv_heads, query_tile, num_selected):
+            fused.score_and_pick(
+                q, summary, mass.some, before, mass.log_sums(), picked, kv_len, scale, causal,
+                offset, query_tile, block, init_blocks, local_window, *compression,
+            )  # fmt: skip
+            return picked
+        score, parts = mass.scores(), 1
         width = summary.shape[2]
     else:
         score, parts = _channel_scores(
@@ -269,24 +242,45 @@ def _channel_scores(
     return score, channels_scorer.parts(q, k.shape[1], query_tile, sloped)
 
 
-def _mean_scores(
-    q: torch.Tensor, compressed: torch.Tensor, before: torch.Tensor | None, kv_len: int,
-    extra: Terms, site: Site, query_tile: int, compress_block: int, compress_stride: int,
-) -> tuple[Callable[[int, int], torch.Tensor], int]:  # fmt: skip
-    """The mass of the tiles from a first one on; it comes whole."""
-    compression = (compress_block, compress_stride)
-    if compressed.shape[2] == 0:  # every score is 0, and nothing is read
-        return lambda first_tile, tiles: compressed, 1
-    some = None
-    if before is not None:
-        edges = before.unfold(1, compress_block + 1, compress_stride)
-        some = (edges[..., -1] > edges[..., 0]).to(torch.int8).contiguous()
-    sums = mean_scorer.row_sums(q, compressed, some, kv_len, extra, *site, *compression)
+class _Mass:
+    """Scorer "mean": probabilities of compressed keys, and what it takes to compute them."""
 
-    def score(first_tile: int, tiles: int) -> torch.Tensor:
-        return mean_scorer.compressed_mass(
-            q, compressed, some, sums, kv_len, extra, *site, query_tile, *compression, first_tile,
-            tiles,
-        )  # fmt: skip
+    def __init__(
+        self, q: torch.Tensor, compressed: torch.Tensor, visibility: Visibility,
+        modifiers: Modifiers, kv_len: int, site: Site, query_tile: int,
+        compression: tuple[int, int], lse: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        self.q, self.compressed, self.lse = q, compressed, lse
+        self.some = None
+        if visibility.valid is not None:
+            self.some = holds_valid_key(visibility.valid, *compression).to(torch.int8)
+        extra = terms(visibility, modifiers, q)
+        # No term but causality and padding.
+        self.plain = site[3] is None and not any(extra.flags[name] for name in _BEYOND_PADDING)
+        self.mask = (kv_len, extra, *site)
+        self.compression, self.query_tile = compression, query_tile
 
-    return score, 1
+    def log_sums(self) -> torch.Tensor:
+        """log2 of the softmax denominators, float32 [B, Hq, Tq]; +inf for none."""
+        if self.lse is not None:
+            lse = self.lse.masked_fill(self.lse == -torch.inf, torch.inf)
+            return lse.mul_(LOG2_E).contiguous()
+        if self.compressed.shape[2] == 0:
+            return self.q.new_full(self.q.shape[:3], torch.inf, dtype=torch.float32)
+        return mean_scorer.row_sums(
+            self.q, self.compressed, self.some, *self.mask, *self.compression
+        )
+
+    def scores(self) -> Callable[[int, int], torch.Tensor]:
+        """The mass of the tiles from a first one on."""
+        if self.compressed.shape[2] == 0:  # every score is 0, and nothing is read
+            return lambda first_tile, tiles: self.compressed
+        sums = self.log_sums()
+
+        def score(first_tile: int, tiles: int) -> torch.Tensor:
+            return mean_scorer.compressed_mass(
+                self.q, self.compressed, self.some, sums, *self.mask, self.query_tile,
+                *self.compression, first_tile, tiles,
+            )  # fmt: skip
+
+        return score

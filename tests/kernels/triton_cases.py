@@ -272,3 +272,54 @@ def compress(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     most, most_grad = TOLERANCE[dtype]
     assert relative_error(got, pooled.detach()) < most
     assert relative_error(got_grad, expected) < most_grad
+
+
+def compressed_inputs(
+    case: Case, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k_cmp, v_cmp and the padding mask."""
+    from nsa_compile.kernels.compress import reference as compress_reference
+
+    q, k, v, valid = inputs(case, dtype)
+    sizes = (case.compress_block, case.compress_stride)
+    pooled = (compress_reference.compress(x.double(), valid, *sizes).to(dtype) for x in (k, v))
+    return q, *pooled, valid
+
+
+def compressed(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any) -> None:
+    """Forward and all gradients of attention over compressed keys."""
+    from nsa_compile.kernels.compressed import reference, triton_backward, triton_kernel
+    from nsa_compile.kernels.compressed.site import Site as CompressedSite
+
+    *qkv, valid = compressed_inputs(case, dtype)
+    sizes = (case.scale, case.causal, case.offset, case.compress_block, case.compress_stride)
+    exact = [x.double().requires_grad_() for x in qkv]
+    out, lse = reference.compressed_attention(*exact, valid, *sizes)
+    sees = ~lse.isinf()
+    generator = torch.Generator().manual_seed(2)
+    grad_out = torch.randn(out.shape, generator=generator).to(dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator)
+    objective = (out * grad_out.double()).sum() + (lse * grad_lse.double())[sees].sum()
+    expected = torch.autograd.grad(objective, exact)
+
+    count = qkv[1].shape[2]
+    if valid is not None:  # what stands in a hidden block must not matter, nor may it be read
+        holds = CompressedSite(valid, *sizes).holds(count)
+        assert holds is not None
+        qkv[1:] = [x.masked_fill(~holds[:, None, :, None], torch.nan) for x in qkv[1:]]
+    on_device = [x.to(device) for x in qkv]
+    site = CompressedSite(valid if valid is None else valid.to(device), *sizes)
+    upstream = (grad_out.to(device), grad_lse.to(device))
+    with poisoned(), replaced(triton_backward, overrides):
+        results = triton_kernel.forward(*on_device, count, site)
+        grads = triton_kernel.backward(*upstream, *on_device, *results, count, site)
+        again = triton_kernel.forward(*on_device, count, site)
+        again += triton_kernel.backward(*upstream, *on_device, *again, count, site)
+    most, most_grad = TOLERANCE[dtype]
+    assert relative_error(results[0], out) < most
+    assert torch.equal(results[1].isinf().cpu(), ~sees)
+    assert relative_error(results[1].cpu()[sees], lse[sees]) < most
+    for name, grad, exact_grad in zip("qkv", grads, expected, strict=True):
+        assert relative_error(grad, exact_grad) < most_grad, f"d{name}"
+    for once, twice in zip((*results, *grads), again, strict=True):
+        assert torch.equal(once, twice), "two runs differ"

@@ -1,0 +1,36 @@
+"""Attention over compressed keys, with explicit [Tq, Nc] matrices: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(
+    q_len: int, count: int, valid: Tensor | None, causal: bool, offset: int, block: int, stride: int
+) -> Tensor:
+    """bool [B or 1, Tq, Nc]: compressed block c is complete at the query and holds a valid key."""
+    start = torch.arange(count) * stride
+    position = torch.arange(q_len)[:, None] + offset
+    seen = torch.ones(1, q_len, count, dtype=torch.bool)
+    if causal:
+        seen = seen & (start + block - 1 <= position)
+    if valid is not None:
+        covered = [valid[:, at : at + block].any(dim=1) for at in start.tolist()]
+        seen = seen & torch.stack(covered, dim=1)[:, None] if covered else seen
+    return seen
+
+
+def compressed_attention(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, valid: Tensor | None, scale: float, causal: bool,
+    offset: int, block: int, stride: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out [B, Hq, Tq, Dv], lse [B, Hq, Tq]); a query that sees nothing has out 0 and lse -inf."""
+    group = q.shape[1] // k_cmp.shape[1]
+    seen = visible(q.shape[2], k_cmp.shape[2], valid, causal, offset, block, stride)[:, None]
+    scores = scale * (q @ k_cmp.repeat_interleave(group, dim=1).transpose(-1, -2))
+    alive = seen.any(dim=-1, keepdim=True)
+    scores = scores.masked_fill(~seen, -torch.inf).where(alive, 0.0)
+    weights = torch.softmax(scores, dim=-1).where(alive, 0.0)
+    out = weights @ v_cmp.repeat_interleave(group, dim=1)
+    return out, torch.logsumexp(scores, dim=-1).where(alive[..., 0], -torch.inf)
