@@ -81,8 +81,8 @@ def _merge(best, worth, seen, forced, block, n):
     last = tl.full([1, key.shape[1]], _ALWAYS, tl.int64)
     for _ in range(0, tl.minimum(tl.max(better, 0), n)):
         largest = tl.max(tl.where(key < last, key, _NEVER), 0)[None, :]
-        worst = tl.min(best, 0)[None, :]
-        best = tl.where((best == worst) & (largest > worst), largest, best)
+        worst = tl.min(best, 0)
+        best = tl.where((best == worst[None, :]) & (largest > worst[None, :]), largest, best)
         last = largest
     return best
 
