@@ -26,7 +26,13 @@ from torch import Tensor
 import nsa_compile.kernels.library  # noqa: F401
 from nsa_compile.passes.config import NSAConfig
 
-__all__ = ["compress", "nsa_attention", "select_blocks", "selected_attention"]
+__all__ = [
+    "compress",
+    "compressed_attention",
+    "nsa_attention",
+    "select_blocks",
+    "selected_attention",
+]
 
 
 def compress(x: Tensor, *, block: int, stride: int, valid: Tensor | None = None) -> Tensor:
@@ -52,6 +58,52 @@ def compress(x: Tensor, *, block: int, stride: int, valid: Tensor | None = None)
     return torch.ops.nsa.compress(x, valid, block, stride)
 
 
+def compressed_attention(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, block: int, stride: int, causal: bool = True,
+    offset: int = 0, scale: float | None = None, valid: Tensor | None = None,
+    ranges: Tensor | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over compressed keys (arXiv 2502.11089, eq. 5 with eq. 7's keys and values).
+
+    A query sees compressed block c if it is complete, ``c * d + l - 1 <= p``, lies inside the
+    query's range, and holds a valid key: a block that straddles two documents is seen by neither.
+
+    Args:
+        q: [B, Hq, Tq, D].
+        k_cmp: [B, Hkv, Nc, D], as from ``compress``, the dtype of q.
+        v_cmp: [B, Hkv, Nc, Dv], the dtype of q.
+        block: l, tokens in a compressed block.
+        stride: d, tokens between the starts of neighbours.
+        causal: False sees every block, complete or not.
+        scale: of the logits; None is ``1 / sqrt(D)``.
+        valid: bool [B, Tk] with ``(Tk - l) // d + 1 == Nc``, of the tokens that were pooled.
+        ranges: int32 [B or 1, Tq, 2], in tokens.
+        return_lse: also return the log-sum-exp of the logits, which ``select_blocks`` can use.
+
+    Returns:
+        out [B, Hq, Tq, Dv] in q.dtype; with ``return_lse`` also lse float32 [B, Hq, Tq]. A query
+        that sees no block has out 0 and lse -inf. Both are differentiable in q, k_cmp and v_cmp.
+
+    Raises:
+        ValueError: a wrong shape, dtype or size.
+    """
+    _check_inputs(q, k_cmp, v_cmp, None, ("k_cmp", "v_cmp", "Nc"))
+    _check_sizes(block=block, stride=stride)
+    _check_terms(q, k_cmp, ranges, None, None, None, None, 0.0)
+    if valid is not None:
+        _check_valid(valid, q.shape[0], valid.shape[-1], "Tk")
+        blocks = max(0, (valid.shape[1] - block) // stride + 1)
+        if blocks != k_cmp.shape[2]:
+            raise ValueError(
+                f"valid covers {blocks} compressed blocks of block={block} and stride={stride}, "
+                f"got k_cmp with {k_cmp.shape[2]}"
+            )
+    out, lse = torch.ops.nsa.compressed_attention(
+        q, k_cmp, v_cmp, valid, ranges, _scale(scale, q.shape[3]), causal, offset, block, stride
+    )
+    return (out, lse) if return_lse else out
+
+
 def select_blocks(
     q: Tensor, k: Tensor, *, scorer: str = "channels", k_cmp: Tensor | None = None,
     scale: float | None = None, causal: bool = True, offset: int = 0, window: int | None = None,
@@ -60,6 +112,7 @@ def select_blocks(
     compress_stride: int = 16, score_channels: int | None = None, ranges: Tensor | None = None,
     query_segments: Tensor | None = None, key_segments: Tensor | None = None,
     slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
+    lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Choose the blocks of keys that each tile of queries reads.
 
@@ -89,6 +142,8 @@ def select_blocks(
         slopes: float32 [Hq], ALiBi (arXiv 2108.12409): logits gain ``slopes[h] * (x[j] - x[p])``.
         positions: float32 [B or 1, Tk], x of ALiBi; None is the key's index.
         softcap: c of ``c * tanh(logit / c)``, applied to the scaled logit before ALiBi; 0 is none.
+        lse: float32 [B, Hq, Tq], with scorer "mean": what ``compressed_attention`` returned for
+            the same queries, compressed keys and mask. It saves time and changes nothing.
 
     Returns:
         int32 [B, Hkv, ceil(Tq / R), n], ascending, -1 at the end. Not differentiable.
@@ -102,6 +157,7 @@ def select_blocks(
         compress_block=compress_block, compress_stride=compress_stride,
     )  # fmt: skip
     _check_mask(window, init_blocks)
+    _check_lse(lse, q, scorer)
     _check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     dim = q.shape[3]
     if scorer == "channels":
@@ -115,7 +171,7 @@ def select_blocks(
     blocks = torch.ops.nsa.select_blocks(
         q, k, summary, valid, ranges, query_segments, key_segments, slopes, positions, scorer,
         _scale(scale, dim), softcap, causal, offset, window, query_tile, block, num_selected,
-        init_blocks, local_window, compress_block, compress_stride, 0,
+        init_blocks, local_window, compress_block, compress_stride, 0, lse,
     )  # fmt: skip
     return blocks.unflatten(2, (-(-q.shape[2] // query_tile), num_selected))
 
@@ -251,30 +307,48 @@ def _pooled(
     return k_cmp
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor | None, valid: Tensor | None) -> None:
-    named = [("q", q, "[B, Hq, Tq, D]"), ("k", k, "[B, Hkv, Tk, D]")]
+def _check_lse(lse: Tensor | None, q: Tensor, scorer: str) -> None:
+    if lse is None:
+        return
+    if scorer != "mean":
+        raise ValueError(f"lse is that of scorer 'mean', got scorer {scorer!r}")
+    if lse.dtype != torch.float32 or lse.shape != q.shape[:3]:
+        raise ValueError(
+            f"lse must be float32 [B, Hq, Tq] = {list(q.shape[:3])}, got {lse.dtype} "
+            f"{list(lse.shape)}"
+        )
+
+
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor | None, valid: Tensor | None,
+    names: tuple[str, str, str] = ("k", "v", "Tk"),
+) -> None:  # fmt: skip
+    key, value, length = names
+    named = [("q", q, "[B, Hq, Tq, D]"), (key, k, f"[B, Hkv, {length}, D]")]
     if v is not None:
-        named.append(("v", v, "[B, Hkv, Tk, Dv]"))
+        named.append((value, v, f"[B, Hkv, {length}, Dv]"))
     for name, tensor, layout in named:
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be {layout}, got {list(tensor.shape)}")
         if tensor.dtype != q.dtype or not tensor.is_floating_point():
             raise ValueError(
-                f"q, k and v must have one floating dtype, got {name} in {tensor.dtype} and q in "
-                f"{q.dtype}"
+                f"q, {key} and {value} must have one floating dtype, got {name} in {tensor.dtype} "
+                f"and q in {q.dtype}"
             )
     batch, q_heads, _, dim = q.shape
     if k.shape[0] != batch or k.shape[3] != dim:
         raise ValueError(
-            f"k must be [B, Hkv, Tk, D] with B={batch} and D={dim} of q, got {list(k.shape)}"
+            f"{key} must be [B, Hkv, {length}, D] with B={batch} and D={dim} of q, got "
+            f"{list(k.shape)}"
         )
     if k.shape[1] == 0 or q_heads % k.shape[1]:
         raise ValueError(f"Hq must be a multiple of Hkv, got Hq={q_heads} and Hkv={k.shape[1]}")
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise ValueError(
-            f"v must be [B, Hkv, Tk, Dv] with {list(k.shape[:3])} of k, got {list(v.shape)}"
+            f"{value} must be [B, Hkv, {length}, Dv] with {list(k.shape[:3])} of {key}, got "
+            f"{list(v.shape)}"
         )
-    _check_valid(valid, batch, k.shape[2], "Tk")
+    _check_valid(valid, batch, k.shape[2], length)
 
 
 def _check_valid(valid: Tensor | None, batch: int, length: int, name: str) -> None:

@@ -35,7 +35,7 @@ class _Run(NamedTuple):
 
 def _runs(q: Tensor, count: int, site: Site) -> Iterator[_Run]:
     """Runs of queries that see something; [B or 1, 1, rows, blocks] and [B or 1, 1, rows]."""
-    holds = site.holds(count)
+    holds, spans = site.holds(count), site.spans(count)
     for first in range(0, q.shape[2], _ROWS):
         rows = slice(first, min(first + _ROWS, q.shape[2]))
         blocks = slice(0, site.complete(rows.stop - 1 + site.offset, count))
@@ -43,7 +43,10 @@ def _runs(q: Tensor, count: int, site: Site) -> Iterator[_Run]:
             continue
         index = torch.arange(blocks.stop)
         seen = torch.ones(1, 1, rows.stop - rows.start, blocks.stop, dtype=torch.bool)
-        if site.causal:
+        if spans is not None:
+            low, high = spans[:, None, rows, None].unbind(-1)
+            seen = (index >= low) & (index < high)
+        elif site.causal:
             position = torch.arange(rows.start, rows.stop)[:, None] + site.offset
             seen = seen & (index * site.stride + site.block - 1 <= position)
         if holds is not None:

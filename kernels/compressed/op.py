@@ -18,8 +18,8 @@ from nsa_compile.kernels.precision import accumulator
 # The fields of Site. ``kv_len`` tells how many of the rows of k_cmp are blocks when some are spare
 # (see nsa::compress) and no ``valid`` does.
 _SITE = (
-    "Tensor? valid, float scale, bool causal, SymInt offset, int compress_block, "
-    "int compress_stride, SymInt? kv_len=None"
+    "Tensor? valid, Tensor? ranges, float scale, bool causal, SymInt offset, "
+    "int compress_block, int compress_stride, SymInt? kv_len=None"
 )
 _lib = torch.library.Library("nsa", "FRAGMENT")
 _lib.define(
@@ -98,20 +98,20 @@ _lib.impl("compressed_attention_backward", _backward(lambda: launchers("compress
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k_cmp, v_cmp, valid, *ctx.sizes = inputs
-    ctx.save_for_backward(q, k_cmp, v_cmp, *output, valid)
+    q, k_cmp, v_cmp, valid, ranges, *ctx.sizes = inputs
+    ctx.save_for_backward(q, k_cmp, v_cmp, *output, valid, ranges)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    q, k_cmp, v_cmp, out, lse, valid = ctx.saved_tensors
-    rest = (None,) * (1 + len(ctx.sizes))
+    q, k_cmp, v_cmp, out, lse, *terms = ctx.saved_tensors
+    rest = (None,) * (len(terms) + len(ctx.sizes))
     if grad_out is None and grad_lse is None:
         return None, None, None, *rest
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.nsa.compressed_attention_backward(
-        grad_out, grad_lse, q, k_cmp, v_cmp, out, lse, valid, *ctx.sizes
+        grad_out, grad_lse, q, k_cmp, v_cmp, out, lse, *terms, *ctx.sizes
     )
     return *grads, *rest
 

@@ -4,7 +4,8 @@ The result is int32 [B, Hkv, NT * n], the n slots of tile after tile: torch comp
 sizes 0 and 1, so a dimension NT would cost short sequences a compilation of their own.
 
 ``lse`` float32 [B, Hq, Tq], of scorer "mean" alone: what nsa::compressed_attention returned for the
-same queries, compressed keys and mask. It saves a pass and changes nothing.
+same queries, compressed keys and mask. It saves a pass and changes nothing. Where a window, ranges,
+ALiBi or a softcap enter the scores it is not read: the softmax of the scores is then another one.
 """
 
 from __future__ import annotations

@@ -262,7 +262,7 @@ class _Mass:
 
     def log_sums(self) -> torch.Tensor:
         """log2 of the softmax denominators, float32 [B, Hq, Tq]; +inf for none."""
-        if self.lse is not None:
+        if self.lse is not None and self.plain:
             lse = self.lse.masked_fill(self.lse == -torch.inf, torch.inf)
             return lse.mul_(LOG2_E).contiguous()
         if self.compressed.shape[2] == 0:

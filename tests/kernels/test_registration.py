@@ -31,6 +31,14 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
     attention = (blocks, *site.attention, dense_len)
     out, lse = nsa.selected_attention(q, k, v, *attention)
     detached = [x.detach() for x in (q, k, v, out, lse)]
+    pooled_values = nsa.compress(v, valid, *sizes)
+    terms = (valid, rich.terms()[1], site.scale, site.causal, site.offset, *sizes, site.keys)
+    over_pooled = [x.detach().requires_grad_(requires_grad) for x in (q, pooled, pooled_values)]
+    pooled_out, pooled_lse = nsa.compressed_attention(*over_pooled, *terms)
+    over_detached = [x.detach() for x in (*over_pooled, pooled_out, pooled_lse)]
+    plain_terms = (None, None, *terms[2:])
+    plain_pooled = nsa.compressed_attention(*over_pooled, *plain_terms)
+    plain_detached = [x.detach() for x in (*over_pooled, *plain_pooled)]
     return {
         "channels": (q, k, valid, 8, dense_len),
         "compress": (k, valid, *sizes),
@@ -47,6 +55,14 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
             *rich.logits,
             *select[6:],
         ),
+        "select_blocks, lse": (
+            *(q, k, pooled, *site.terms(), "mean", *select[1:]),
+            pooled_lse.detach(),
+        ),
+        "compressed_attention": (*over_pooled, *plain_terms),
+        "compressed_attention, terms": (*over_pooled, *terms),
+        "compressed_attention_backward": (plain_detached[3], None, *plain_detached, *plain_terms),
+        "compressed_attention_backward, terms": (*over_detached[3:], *over_detached, *terms),
         "selected_attention": (q, k, v, *attention),
         "selected_attention_backward": (detached[3], None, *detached, *attention),
         "selected_attention_backward, lse": (detached[3], detached[4], *detached, *attention),

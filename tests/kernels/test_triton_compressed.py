@@ -23,6 +23,10 @@ CASES = {
     "negative offset": Case(q_len=170, kv_len=140, offset=-35),
     "more queries than keys": Case(q_len=140, kv_len=70),
     "negative scale": Case(q_len=140, kv_len=140, scale=-0.4),
+    "chunks": Case(q_len=140, kv_len=140, ranges="chunks"),
+    "random ranges, padding": Case(q_len=70, kv_len=140, ranges="random", padded=True, batch=2),
+    "random ranges, not causal": Case(q_len=70, kv_len=140, ranges="random", causal=False),
+    "prefix": Case(q_len=140, kv_len=140, ranges="prefix", causal=False, batch=2),
     "group of seven, one head": Case(heads=7, q_len=90, kv_len=90),
 }
 
@@ -35,6 +39,12 @@ def test_equals_reference(name: str, interpreted) -> None:
 @pytest.mark.parametrize("name", ["group of two", "two kv heads, padding"])
 def test_half_precision(name: str, interpreted) -> None:
     interpreted(triton_cases.compressed, CASES[name], torch.float16)
+
+
+@pytest.mark.parametrize("name", ["group of two", "two kv heads, padding", "negative scale"])
+def test_its_sums_choose_blocks(name: str, interpreted) -> None:
+    case = CASES[name]._replace(query_tile=1, q_len=40, offset=100)
+    interpreted(triton_cases.select, case, torch.float32, "mean", with_lse=True)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

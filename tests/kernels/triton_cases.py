@@ -179,7 +179,12 @@ def gathers(case: Case) -> bool:
 
 
 def select(
-    case: Case, dtype: torch.dtype, scorer: str, device: str = "cpu", **overrides: Any
+    case: Case,
+    dtype: torch.dtype,
+    scorer: str,
+    device: str = "cpu",
+    with_lse: bool = False,
+    **overrides: Any,
 ) -> None:
     """The chosen blocks: visible, ascending, the forced ones, and by score as good as the best."""
     from nsa_compile.kernels.compress import reference as compress_reference
@@ -202,16 +207,27 @@ def select(
     on_device = [x.to(device) for x in (q, k, summary)]
     tensors = [x if x is None else x.to(device) for x in tensors]
     extra = Visibility(*tensors[:4]), Modifiers(*tensors[4:], case.softcap)
+    lse = _compressed_lse(case, *on_device[::2], tensors[0]) if with_lse else None
     with poisoned(), replaced(triton_kernel, overrides):
         picked, again = (
             triton_kernel.select_blocks(
-                *on_device, *extra, scorer, *case.mask, *sizes, case.count, *forced
+                *on_device, *extra, scorer, *case.mask, *sizes, case.count, *forced, lse
             ).cpu()
             for _ in range(2)
         )
     assert torch.equal(picked, again), "two runs differ"
     # Keys in half precision move a score by its rounding.
     check_selection(picked, worth, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def _compressed_lse(case: Case, q: Tensor, k_cmp: Tensor, valid: Tensor | None) -> Tensor:
+    """What attention over the compressed keys hands to the selection."""
+    from nsa_compile.kernels.compressed import triton_kernel
+    from nsa_compile.kernels.compressed.site import Site as CompressedSite
+
+    sizes = (case.scale, case.causal, case.offset, case.compress_block, case.compress_stride)
+    site = CompressedSite(valid, None, *sizes)
+    return triton_kernel.forward(q, k_cmp, k_cmp, k_cmp.shape[2], site)[1]
 
 
 def check_selection(picked: Tensor, worth: Tensor, tolerance: float) -> None:
@@ -292,9 +308,10 @@ def compressed(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides:
     from nsa_compile.kernels.compressed.site import Site as CompressedSite
 
     *qkv, valid = compressed_inputs(case, dtype)
+    ranges = case.terms(valid)[1]
     sizes = (case.scale, case.causal, case.offset, case.compress_block, case.compress_stride)
     exact = [x.double().requires_grad_() for x in qkv]
-    out, lse = reference.compressed_attention(*exact, valid, *sizes)
+    out, lse = reference.compressed_attention(*exact, valid, ranges, *sizes)
     sees = ~lse.isinf()
     generator = torch.Generator().manual_seed(2)
     grad_out = torch.randn(out.shape, generator=generator).to(dtype)
@@ -304,11 +321,11 @@ def compressed(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides:
 
     count = qkv[1].shape[2]
     if valid is not None:  # what stands in a hidden block must not matter, nor may it be read
-        holds = CompressedSite(valid, *sizes).holds(count)
+        holds = CompressedSite(valid, None, *sizes).holds(count)
         assert holds is not None
         qkv[1:] = [x.masked_fill(~holds[:, None, :, None], torch.nan) for x in qkv[1:]]
     on_device = [x.to(device) for x in qkv]
-    site = CompressedSite(valid if valid is None else valid.to(device), *sizes)
+    site = CompressedSite(*(x if x is None else x.to(device) for x in (valid, ranges)), *sizes)
     upstream = (grad_out.to(device), grad_lse.to(device))
     with poisoned(), replaced(triton_backward, overrides):
         results = triton_kernel.forward(*on_device, count, site)
