@@ -139,21 +139,21 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
     triton_cases.attend({**CASES, **TERMS, **ATTENDED}[name], dtype, "cuda")
 
 
-_TOKENS = _MASKED._replace(query_tile=1, count=5, local_window=64)
+_COMPLETE = _MASKED._replace(query_tile=1, count=5, local_window=64)
 COMPRESSED = {
-    "group 1": _TOKENS._replace(heads=2),
-    "group 7": _TOKENS._replace(heads=14),
-    "group 16": _TOKENS._replace(heads=32, dim=64, value_dim=64, scale=0.2),
-    "dims 192 and 128": _TOKENS._replace(dim=192, scale=0.1),
-    "padding": _TOKENS._replace(padded=True),
-    "not causal, padding": _TOKENS._replace(causal=False, padded=True),
-    "negative scale": _TOKENS._replace(scale=-0.15),
-    "2000 keys": _TOKENS._replace(q_len=2000, kv_len=2000, offset=0, batch=1),
+    "group 1": _COMPLETE._replace(heads=2),
+    "group 7": _COMPLETE._replace(heads=14),
+    "group 16": _COMPLETE._replace(heads=32, dim=64, value_dim=64, scale=0.2),
+    "dims 192 and 128": _COMPLETE._replace(dim=192, scale=0.1),
+    "padding": _COMPLETE._replace(padded=True),
+    "not causal, padding": _COMPLETE._replace(causal=False, padded=True),
+    "negative scale": _COMPLETE._replace(scale=-0.15),
+    "2000 keys": _COMPLETE._replace(q_len=2000, kv_len=2000, offset=0, batch=1),
 }  # fmt: skip
 COMPRESSED_RANGES = {
-    "chunks": _TOKENS._replace(ranges="chunks", compress_block=8, compress_stride=4),
-    "prefix, padding": _TOKENS._replace(ranges="prefix", causal=False, padded=True),
-    "random ranges": _TOKENS._replace(ranges="random", kv_len=1399, offset=1066),
+    "chunks": _COMPLETE._replace(ranges="chunks", compress_block=8, compress_stride=4),
+    "prefix, padding": _COMPLETE._replace(ranges="prefix", causal=False, padded=True),
+    "random ranges": _COMPLETE._replace(ranges="random", kv_len=1399, offset=1066),
 }
 
 
