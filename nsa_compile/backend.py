@@ -115,7 +115,11 @@ def _untouched(
 ) -> Compiled:
     """Compile the user's own graph after an internal failure: warned about once, and reported."""
     text = f"graph {entry.compile_id} of {entry.model} stays dense: {type(error).__name__}: {error}"
-    compiled = _inner(gm, example_inputs, config, mode)
+    try:
+        compiled = _inner(gm, example_inputs, config, mode)
+    except Exception:
+        compilations.discard(entry)  # nothing was compiled: there is nothing to report
+        raise
     entry.failures.append(text)
     entry.records = [failed_record(row, text) for row in entry.records]
     warnings.warn(f"nsa_compile failed and left the model as it was; {text}", ConversionWarning, 2)
@@ -132,10 +136,9 @@ def _begin() -> CompiledGraph:
     tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
     scope, name = tracer.output.local_scope, tracer.output.root_tx.f_code.co_name
     root = next((value for value in scope.values() if isinstance(value, nn.Module)), None)
-    compile_id = CompileContext.current_compile_id()
-    return compilations.begin(
-        _caller(), str(compile_id), root, type(root).__name__ if root is not None else name
-    )
+    model = type(root).__name__ if root is not None else name
+    compile_id = str(CompileContext.current_compile_id())
+    return compilations.begin(_caller(), compile_id, root, model, tracer.output)
 
 
 def _caller() -> object:

@@ -22,6 +22,8 @@ class CompiledGraph:
         compile_id: Dynamo's id, ``"frame/recompile"``.
         owner: weak reference to the callable that ``torch.compile`` made for the backend.
         root: weak reference to the module whose code was compiled, or None for a function.
+        layout: the names, classes and sizes of that module, by which Dynamo shares its code.
+        trace: weak reference to Dynamo's trace that the graph comes from, or a part of it.
         failures: internal failures (the graph was compiled untouched, or fell back at run time).
     """
 
@@ -29,6 +31,8 @@ class CompiledGraph:
     owner: Callable[[], Any]
     root: Callable[[], Any]
     model: str
+    layout: int = 0
+    trace: Callable[[], Any] = lambda: None
     records: list[SiteRecord] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -36,15 +40,26 @@ class CompiledGraph:
 _graphs: list[CompiledGraph] = []
 
 
-def begin(owner: object, compile_id: str, root: object, model: str) -> CompiledGraph:
-    """Start the entry of one backend call. A call that Dynamo restarted replaces its entry."""
+def begin(
+    owner: object, compile_id: str, root: object, model: str, trace: object = None
+) -> CompiledGraph:
+    """Start the entry of one backend call.
+
+    A call that Dynamo restarted has a new trace and replaces its entry; the parts into which one
+    trace is split (for DistributedDataParallel) have an entry each.
+    """
     _graphs[:] = [
         entry
         for entry in _graphs
         if entry.owner() is not None
-        and not (entry.owner() is owner and entry.compile_id == compile_id)
+        and not (
+            entry.owner() is owner
+            and entry.compile_id == compile_id
+            and (trace is None or entry.trace() is not trace)
+        )
     ]
-    entry = CompiledGraph(compile_id, weakref.ref(owner), _weak(root), model)
+    layout = _layout(root) if isinstance(root, nn.Module) else 0
+    entry = CompiledGraph(compile_id, weakref.ref(owner), _weak(root), model, layout, _weak(trace))
     _graphs.append(entry)
     return entry
 
@@ -62,47 +77,56 @@ def report(compiled: object) -> RewriteReport:
             ``.compile(backend="nsa")`` called on it or on its submodules.
 
     Returns:
-        One report over every graph compiled so far: graph breaks and recompiles are merged.
+        One report over every graph compiled so far: graph breaks and recompiles are merged. Models
+        that are built alike and compiled with equal options share Dynamo's code, and the report.
 
     Raises:
         TypeError: ``compiled`` was not compiled with this backend.
     """
-    owners, paths, name = _owners(compiled)
-    graphs = [entry for entry in _graphs if _belongs(entry, owners, paths)]
+    owners, modules, name = _owners(compiled)
+    paths = {id(module): path for path, module in reversed(modules.items())}
+    equal = [entry for entry in _graphs if any(entry.owner() == known for known in owners)]
+    own = [
+        entry
+        for entry in equal
+        if id(entry.root()) in paths or any(entry.owner() is known for known in owners)
+    ]
+    if not own and modules:
+        # Dynamo shares code between equal torch.compile calls on models that are built alike.
+        layout = _layout(modules[""])
+        own = [entry for entry in equal if entry.layout == layout]
     return RewriteReport.merge(
         name,
-        [row for entry in graphs for row in _absolute(entry, paths)],
-        [failure for entry in graphs for failure in entry.failures],
+        [row for entry in own for row in _absolute(entry, paths.get(id(entry.root()), ""))],
+        [failure for entry in own for failure in entry.failures],
     )
 
 
-def _belongs(entry: CompiledGraph, owners: list[Any], paths: dict[int, str]) -> bool:
-    """Dynamo shares code between equal torch.compile calls on one model: equal counts there."""
-    owner, root = entry.owner(), entry.root()
-    if any(owner is known for known in owners):
-        return True
-    return id(root) in paths and any(owner == known for known in owners)
-
-
-def _absolute(entry: CompiledGraph, paths: dict[int, str]) -> list[SiteRecord]:
+def _absolute(entry: CompiledGraph, prefix: str) -> list[SiteRecord]:
     """The rows with module paths from the top: a graph break leaves them relative to its frame."""
-    prefix = paths.get(id(entry.root()), "")
     return [
         replace(row, module=".".join(part for part in (prefix, row.module) if part))
         for row in entry.records
     ]
 
 
-def _owners(compiled: object) -> tuple[list[Any], dict[int, str], str]:
-    """-> backend callables behind ``compiled``, paths of its modules by id, the model's name."""
+def _layout(root: nn.Module) -> int:
+    """Equal for modules that are built alike."""
+    modules = [(path, type(module)) for path, module in root.named_modules()]
+    tensors = [(path, x.shape, x.dtype) for path, x in root.state_dict(keep_vars=True).items()]
+    return hash((*modules, *tensors))
+
+
+def _owners(compiled: object) -> tuple[list[Any], dict[str, nn.Module], str]:
+    """-> backend callables behind ``compiled``, its modules by path, the model's name."""
     if isinstance(compiled, nn.Module):
         module = getattr(compiled, "_orig_mod", compiled)
-        paths = {id(child): path for path, child in module.named_modules()}
+        modules = dict(module.named_modules())
         calls = [getattr(child, "_compiled_call_impl", None) for child in module.modules()]
         contexts = [getattr(compiled, "dynamo_ctx", None), *map(_context, calls)]
         name = type(module).__name__
     else:
-        paths, contexts = {}, [_context(compiled)]
+        modules, contexts = {}, [_context(compiled)]
         name = str(getattr(compiled, "__qualname__", type(compiled).__name__))
     owners = [_backend(context) for context in contexts if context is not None]
     if not owners:
@@ -110,7 +134,7 @@ def _owners(compiled: object) -> tuple[list[Any], dict[int, str], str]:
             "expected the result of torch.compile(..., backend='nsa'), got "
             f"{type(compiled).__name__} that was never compiled; pass what torch.compile returned"
         )
-    return owners, paths, name
+    return owners, modules, name
 
 
 def _context(function: object) -> object | None:

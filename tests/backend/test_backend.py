@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -235,7 +239,78 @@ def test_report_of_something_never_compiled_says_what_to_pass() -> None:
 
 
 def test_report_before_the_first_call_is_empty() -> None:
-    assert nsa_compile.report(compiled(Stack(1))).sites == []
+    # Models that are built alike share code and report, so this one is unlike all others here.
+    assert nsa_compile.report(compiled(Stack(7))).sites == []
+
+
+def test_models_that_are_built_alike_share_code_and_report(x: torch.Tensor) -> None:
+    one, two = compiled(Stack(2)), compiled(Stack(2))
+    one(x), two(x)
+    copied = copy.deepcopy(one)
+    copied(x)
+    for fast in (one, two, copied):
+        assert [d for _, d, _ in verdicts(fast)] == ["converted"] * 2
+
+
+def test_an_inner_compiler_that_fails_twice_is_heard_and_leaves_no_report(
+    x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("the inner compiler is broken")
+
+    monkeypatch.setattr(backend, "_inner", broken)
+    fast = compiled(Stack(5))
+    with pytest.raises(Exception, match="the inner compiler is broken"):
+        fast(x)
+    assert nsa_compile.report(fast).sites == []
+
+
+def test_modes_of_gradient_and_precision(x: torch.Tensor) -> None:
+    model = Stack(2)
+    fast = compiled(model)
+    for context, tolerance in (
+        (torch.enable_grad(), 1e-4), (torch.no_grad(), 1e-4), (torch.inference_mode(), 1e-4),
+        (torch.autocast("cpu", torch.bfloat16), 3e-2),
+    ):  # fmt: skip
+        with context:
+            y = x.clone()
+            torch.testing.assert_close(fast(y), model(y), rtol=tolerance, atol=tolerance)
+    assert [d for _, d, _ in verdicts(fast)] == ["converted"] * 2
+
+
+def test_models_compiled_in_threads(x: torch.Tensor) -> None:
+    models = [Stack(n) for n in (1, 2, 3)]
+    fast = [compiled(model) for model in models]
+    with ThreadPoolExecutor(3) as pool:
+        outs = list(pool.map(lambda f: f(x), fast))
+    for model, out, each in zip(models, outs, fast, strict=True):
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
+        assert len(nsa_compile.report(each).sites) == len(model.layers)
+
+
+def test_training_and_evaluation_have_a_row_each(x: torch.Tensor) -> None:
+    model = Stack(1, dropout=0.5)
+    fast = compiled(model)
+    model.train(), fast(x)
+    model.eval(), fast(x)
+    assert [(d, r) for _, d, r in verdicts(fast)] == [("kept", "dropout"), ("converted", None)]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_the_parts_of_a_graph_split_for_ddp_are_all_reported(
+    x: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Stack(4)
+        fast = compiled(nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01))
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+        fast(x).sum().backward()
+        assert [d for _, d, _ in verdicts(fast)] == ["converted"] * 4
+        assert not nsa_compile.report(fast).failures
+    finally:
+        dist.destroy_process_group()
 
 
 def test_mode_is_passed_on_to_inductor(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
