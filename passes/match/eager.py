@@ -19,7 +19,8 @@ from nsa_compile.passes.match.equal import same_value
 from nsa_compile.passes.match.escapes import escaping
 from nsa_compile.passes.match.facts import PRODUCTS, Facts
 from nsa_compile.passes.match.features import are_rows
-from nsa_compile.passes.match.logits import Grammar, Logits
+from nsa_compile.passes.match.grammar import Grammar
+from nsa_compile.passes.match.logits import Logits
 from nsa_compile.passes.match.products import Product, variables
 from nsa_compile.passes.match.roots import Root, Unparsed
 from nsa_compile.passes.match.weights import Stumble, Weights, Zeroed

@@ -8,7 +8,7 @@ from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks.affine import Affine
 from nsa_compile.passes.masks.views import Element, Index
-from nsa_compile.passes.match.logits import Grammar
+from nsa_compile.passes.match.grammar import Grammar
 from nsa_compile.passes.match.weights import CASTS
 
 
