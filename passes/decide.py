@@ -11,6 +11,8 @@ from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
 
 MAX_HEAD_DIM = 256
+# Refusals of attention whose axes nobody could tell apart: its sizes say nothing.
+_UNREAD = (Reason.UNSUPPORTED_SHAPE, Reason.UNRECOGNISED_ATTENTION)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -88,7 +90,7 @@ def _dropout(site: AttentionSite) -> Refusal | None:
 
 
 def _shapes(site: AttentionSite) -> Refusal | None:
-    if isinstance(site.mask, Refusal) and site.mask.reason is Reason.UNSUPPORTED_SHAPE:
+    if isinstance(site.mask, Refusal) and site.mask.reason in _UNREAD:
         return site.mask
     if max(site.head_dim, site.value_dim) > MAX_HEAD_DIM:
         return Refusal(Reason.UNSUPPORTED_SHAPE, f"D={site.head_dim}, Dv={site.value_dim}")

@@ -50,13 +50,33 @@ _ROWS = (
         "scaled_dot_product_attention",
         "query key value attn_mask dropout_p is_causal scale enable_gqa",
     ),
-    _Row("softmax", "x dim", "_softmax _safe_softmax"),
-    _Row("logsumexp", "x dim keepdim"),
+    # ... and what it calls inside, which answers with a tuple
+    _Row(
+        "_scaled_dot_product_attention_math",
+        "query key value attn_mask dropout_p is_causal dropout_mask",
+    ),
+    _Row("_scaled_dot_product_flash_attention", "query key value dropout_p is_causal"),
+    _Row("_scaled_dot_product_flash_attention_for_cpu", "query key value dropout_p is_causal"),
+    _Row(
+        "_scaled_dot_product_efficient_attention",
+        "query key value attn_mask compute_log_sumexp dropout_p is_causal",
+        "_scaled_dot_product_cudnn_attention",
+    ),
+    _Row(
+        "_scaled_dot_product_fused_attention_overrideable",
+        "query key value attn_mask dropout_p is_causal",
+    ),
+    _Row("softmax", "x dim", "_softmax _safe_softmax special_softmax"),
+    _Row("log_softmax", "x dim", "_log_softmax special_log_softmax"),
+    _Row("softmin", "x dim"),
+    _Row("logsumexp", "x dim keepdim", "special_logsumexp"),
     # products
-    _Row("matmul", "x y", "mm bmm __matmul__"),
+    _Row("matmul", "x y", "mm bmm __matmul__ linalg_matmul"),
     _Row("baddbmm", "x batch1 batch2 beta alpha"),
     _Row("addmm", "x mat1 mat2 beta alpha"),
     _Row("einsum", "equation *operands"),
+    _Row("tensordot", "x y dims dims_other"),
+    _Row("inner", "x y"),
     _Row("linear", "x weight bias"),
     # creation
     _Row("arange", "*range"),
@@ -129,6 +149,8 @@ _ROWS = (
     _Row("maximum", "x y"),
     _Row("clamp", "x min max", "clip clamp_min clamp_max"),
     _Row("tanh", "x"),
+    _Row("exp", "x"),
+    _Row("sum", "x dim keepdim"),
     _Row("sqrt", "x"),
     _Row("max", "x dim keepdim", "amax"),
     _Row("any", "x dim keepdim"),
@@ -159,13 +181,22 @@ _PARAMETERS = {
     "mat2": "y",
     "tensor2": "y",
     "axis": "dim",
+    "attn_bias": "attn_mask",
     "size": "sizes",
     "shape": "sizes",
     "axis0": "dim0",
     "axis1": "dim1",
     "indices": "index",
 }
-_MODULES = (torch, torch.Tensor, torch.nn.functional, torch._C._nn, operator)
+_MODULES = (
+    torch,
+    torch.Tensor,
+    torch.nn.functional,
+    torch._C._nn,
+    torch._C._special,
+    torch._C._linalg,
+    operator,
+)
 
 
 def _tables() -> tuple[dict[str, _Row], dict[Callable[..., Any], tuple[_Row, bool]]]:

@@ -8,99 +8,88 @@ import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
-from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks.affine import Affine
 from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.term import Term
 from nsa_compile.passes.masks.views import Element
-from nsa_compile.passes.match import lse
+from nsa_compile.passes.match import lse, normalisers
 from nsa_compile.passes.match import weights as downwards
 from nsa_compile.passes.match.equal import same_value
 from nsa_compile.passes.match.escapes import escaping
-from nsa_compile.passes.match.facts import PRODUCTS, Facts
+from nsa_compile.passes.match.facts import Facts
 from nsa_compile.passes.match.features import are_rows
 from nsa_compile.passes.match.grammar import Grammar
 from nsa_compile.passes.match.logits import Logits
+from nsa_compile.passes.match.normalisers import Normaliser
 from nsa_compile.passes.match.products import Product, variables
 from nsa_compile.passes.match.roots import Root, Unparsed
+from nsa_compile.passes.match.surroundings import product_behind, suspects
 from nsa_compile.passes.match.weights import Stumble, Weights, Zeroed
 from nsa_compile.passes.reasons import Reason, Refusal
-
-_MOST_NODES = 24
 
 
 def find(graph: fx.Graph, lifter: Lifter) -> Iterator[Root | Unparsed]:
     """Every softmax of ``graph`` that turns scores of queries and keys into weights of values."""
     facts = Facts(graph)
     grammar = Grammar(lifter, facts)
-    for node in graph.nodes:
-        if "softmax" in dialect.name(node):
-            op = dialect.view(node)
-            if op is not None and op.name == "softmax" and facts.is_live(node):
-                root = _read(node, op, grammar)
-                if root is not None:
-                    yield root
+    known: set[fx.Node] = set()
+    for softmax in normalisers.find(graph, facts):
+        known.update(softmax.nodes)
+        root = _read(softmax, grammar)
+        if root is not None:
+            yield root
+    for node in suspects(graph, known, grammar):
+        unparsed = _suspected(node, grammar)
+        if unparsed is not None:
+            yield unparsed
 
 
-def _read(softmax: fx.Node, op: Op, grammar: Grammar) -> Root | Unparsed | None:
-    """The attention around ``softmax``, None where there is none."""
-    if not isinstance(op["x"], fx.Node):
+def _suspected(node: fx.Node, grammar: Grammar) -> Unparsed | None:
+    """The attention around ``node``, which is a softmax or the exponential of one."""
+    below = downwards.leads_to_product(node, grammar.facts)
+    behind = product_behind(node, grammar) if below is not None else None
+    if below is None or behind is None:
         return None
-    behind = _product_behind(softmax, op["x"], grammar)
+    stumble = Stumble(node, "a softmax that is spelled in an unknown way")
+    return Unparsed(below, Refusal(Reason.UNRECOGNISED_ATTENTION, str(stumble)), "eager", *behind)
+
+
+def _read(softmax: Normaliser, grammar: Grammar) -> Root | Unparsed | None:
+    """The attention around ``softmax``, None where there is none."""
+    behind = product_behind(softmax.scores, grammar)
     if behind is None:
         return None
-    below = downwards.find_product(softmax, grammar.facts)
+    below = downwards.find_product(softmax.weights, grammar.facts)
     if below is None:
         return None
-    output = below if isinstance(below, fx.Node) else below.node
     try:
         if isinstance(below, fx.Node):
             raise Stumble(below, "no step between a softmax and the product with the values")
-        return _parse(softmax, op, below, grammar)
+        return _parse(softmax, below, grammar)
     except Stumble as stumble:
         refusal = Refusal(Reason.UNRECOGNISED_ATTENTION, str(stumble))
         value = None
+        output = None
         if isinstance(below, Product):
-            value = next((x for x in (below.right, below.left) if _is_value(x, softmax)), None)
-        return Unparsed(output, refusal, "eager", behind.left, behind.right, value)
+            output = below.node
+            sides = (below.right, below.left)
+            value = next((x for x in sides if _is_value(x, softmax.weights)), None)
+        output = output or downwards.leads_to_product(below, grammar.facts) or softmax.weights
+        return Unparsed(output, refusal, "eager", *behind, value)
 
 
 def _is_value(node: fx.Node, softmax: fx.Node) -> bool:
     return dialect.shape(node) is not None and node is not softmax
 
 
-def _product_behind(softmax: fx.Node, scores: fx.Node, grammar: Grammar) -> Product | None:
-    """The product of activations that the scores come from, through whatever is no product.
-
-    One linear layer may stand between (heads that talk to each other), if it reads the product
-    itself; the logits of a router come from a normalised stream and are none.
-    """
-    queue, seen, layers = [(scores, 0)], {scores}, 0
-    while queue and len(seen) < _MOST_NODES:
-        node, layers = queue.pop(0)
-        found = grammar.is_scores(node)
-        if found is not None:
-            return found
-        op = dialect.view(node)
-        if op is not None and op.name in PRODUCTS:
-            layers += 1
-            if layers > 1 or op.name == "scaled_dot_product_attention":
-                continue
-        for each in node.all_input_nodes:
-            if each not in seen and grammar.facts.is_activation(each):
-                seen.add(each)
-                queue.append((each, layers))
-    return None
-
-
-def _parse(softmax: fx.Node, op: Op, below: Product, grammar: Grammar) -> Root | None:
+def _parse(softmax: Normaliser, below: Product, grammar: Grammar) -> Root | None:
     lifter = grammar.lifter
-    weights = downwards.parse(below, softmax, lifter)
-    _check_dim(softmax, op, weights)
+    weights = downwards.parse(below, softmax.weights, lifter)
+    _check_dim(softmax, weights)
     logits = grammar.parse(softmax, weights.weights, weights.key)
     product = logits.product
     assert product is not None
-    _check_keys(softmax, op, weights, logits, grammar)
+    _check_keys(softmax, weights, logits, grammar)
     (channel,) = variables("c", [product.size(product.contracted)], lifter.sizes)
     query, key = product.operands(logits.at, channel)
     if _reads(query, weights.key) and not _reads(key, weights.key):
@@ -144,16 +133,18 @@ def _parse(softmax: fx.Node, op: Op, below: Product, grammar: Grammar) -> Root |
     )
 
 
-def _check_dim(softmax: fx.Node, op: Op, weights: Weights) -> None:
+def _check_dim(softmax: Normaliser, weights: Weights) -> None:
     """The softmax must run over the keys that the product with the values sums over."""
-    shape, dim = dialect.shape(softmax), op["dim"]
+    shape, dim = dialect.shape(softmax.weights), softmax.dim
     if shape is None or not isinstance(dim, int):
-        raise Stumble(softmax, f"a softmax over dim {dim}")
+        raise Stumble(softmax.weights, f"a softmax over dim {dim}")
     others = [at for p, at in enumerate(weights.weights) if p != dim % len(shape)]
     if not _reads_only(weights.weights[dim % len(shape)], weights.key) or any(
         at.variables() & weights.key.variables() for at in others
     ):
-        raise Stumble(softmax, "it does not run over the keys that the values are summed over")
+        raise Stumble(
+            softmax.weights, "it does not run over the keys that the values are summed over"
+        )
 
 
 def _reads_only(at: Affine, key: Affine) -> bool:
@@ -161,17 +152,15 @@ def _reads_only(at: Affine, key: Affine) -> bool:
     return (at - key).constant in (0, 1)
 
 
-def _check_keys(
-    softmax: fx.Node, op: Op, weights: Weights, logits: Logits, grammar: Grammar
-) -> None:
+def _check_keys(softmax: Normaliser, weights: Weights, logits: Logits, grammar: Grammar) -> None:
     """Every column of the softmax must be a key or the sink."""
-    shape = dialect.shape(softmax)
+    shape = dialect.shape(softmax.weights)
     assert shape is not None
-    keys = grammar.lifter.sizes.affine(shape[op["dim"] % len(shape)])
+    keys = grammar.lifter.sizes.affine(shape[softmax.dim % len(shape)])
     read = weights.product.size(weights.product.contracted)
     count = grammar.lifter.sizes.affine(read) + (0 if logits.sinks is None else 1)
     if keys != count:
-        raise Stumble(softmax, "it runs over more columns than there are keys")
+        raise Stumble(softmax.weights, "it runs over more columns than there are keys")
     for each in weights.zeroed:
         if not any(_same(each, term) for term in logits.terms):
             raise Stumble(each.reader, "it changes weights that no mask of the scores hides")
@@ -197,9 +186,9 @@ def _value_channel(product: Product, weights: Weights) -> Affine:
 
 
 def _escape(
-    softmax: fx.Node, weights: Weights, logits: Logits, used: Element | None, facts: Facts
+    softmax: Normaliser, weights: Weights, logits: Logits, used: Element | None, facts: Facts
 ) -> Refusal | None:
-    inside = {softmax, *weights.nodes, *logits.nodes}
+    inside = {*softmax.nodes, *weights.nodes, *logits.nodes}
     answered = {weights.product.node} | ({used.node} if used is not None else set())
     user = escaping(inside, inside | answered, facts)
     if user is None:

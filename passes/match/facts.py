@@ -45,7 +45,10 @@ class Facts:
 
 
 # Operators that contract: a search for the product behind a softmax does not go past them.
-PRODUCTS = ("matmul", "baddbmm", "addmm", "einsum", "linear", "scaled_dot_product_attention")
+PRODUCTS = (
+    "matmul", "baddbmm", "addmm", "einsum", "tensordot", "inner", "linear",
+    "scaled_dot_product_attention",
+)  # fmt: skip
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:

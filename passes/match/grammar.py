@@ -21,6 +21,7 @@ from nsa_compile.passes.masks.values import Stuck
 from nsa_compile.passes.masks.views import Index
 from nsa_compile.passes.match.facts import Facts
 from nsa_compile.passes.match.logits import Logits, fold
+from nsa_compile.passes.match.normalisers import Normaliser
 from nsa_compile.passes.match.products import Product, product
 from nsa_compile.passes.match.rules import RULES
 from nsa_compile.passes.match.walk import Walk
@@ -41,16 +42,14 @@ class Grammar:
         self.facts = facts
         self._leads: dict[fx.Node, bool] = {}
 
-    def parse(self, softmax: fx.Node, at: Index, key: Affine) -> Logits:
+    def parse(self, softmax: Normaliser, at: Index, key: Affine) -> Logits:
         """The logits of ``softmax`` at ``at``, where ``key`` runs over the keys.
 
         Raises:
             Stumble: a step that the grammar does not have.
         """
-        walk = Walk(self, Logits(), key)
-        op = dialect.view(softmax)
-        assert op is not None
-        walk.enter(op["x"], softmax, at)
+        walk = Walk(self, Logits(scale=softmax.sign), key)
+        walk.enter(softmax.scores, softmax.reader, at)
         while walk.logits.product is None:
             _step(walk, self)
         found = walk.logits

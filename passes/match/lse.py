@@ -9,19 +9,20 @@ from nsa_compile.passes.dialect import Op
 from nsa_compile.passes.masks.affine import Affine
 from nsa_compile.passes.masks.views import Element, Index
 from nsa_compile.passes.match.grammar import Grammar
+from nsa_compile.passes.match.normalisers import Normaliser
 from nsa_compile.passes.match.weights import CASTS
 
 
-def find(softmax: fx.Node, at: Index, output: fx.Node, grammar: Grammar) -> Element | None:
+def find(softmax: Normaliser, at: Index, output: fx.Node, grammar: Grammar) -> Element | None:
     """The element of a ``logsumexp`` that belongs to row ``at`` of ``softmax``.
 
     Attention sinks may be spelled with it: ``out * sigmoid(lse - sink)``. None where there is no
     such node, or where what reads it cannot wait for ``output``, which the operators answer with.
     """
-    op = dialect.view(softmax)
-    assert op is not None
-    rank, dim = len(at), op["dim"]
-    scores, seen = _uncast(op["x"], softmax, grammar)
+    rank, dim = len(at), softmax.dim
+    scores, seen = _uncast(softmax.scores, softmax.reader, grammar)
+    if softmax.sign != 1:
+        return None
     for node in seen:
         for user in node.users:
             found = dialect.view(user)

@@ -127,9 +127,123 @@ def _linear(node: fx.Node, op: Op) -> Product | None:
     )
 
 
+def _addmm(node: fx.Node, op: Op) -> Product | None:
+    alpha, beta = op["alpha"], op["beta"]
+    return _batched(
+        node, op["mat1"], op["mat2"],
+        alpha=1.0 if alpha is None else alpha, beta=1.0 if beta is None else beta, addend=op["x"],
+    )  # fmt: skip
+
+
+def _inner(node: fx.Node, op: Op) -> Product | None:
+    """The last dimensions are summed over; the others stand side by side."""
+    ranks = _ranks(op["x"], op["y"])
+    return None if ranks is None else _contracted(node, op, ranks[0] - 1, ranks[1] - 1)
+
+
+def _tensordot(node: fx.Node, op: Op) -> Product | None:
+    ranks, dims = _ranks(op["x"], op["y"]), op["dims"]
+    if op["dims_other"] is not None:
+        dims = (dims, op["dims_other"])
+    if ranks is None or dims == 0 or not isinstance(dims, (int, list, tuple)):
+        return None
+    if isinstance(dims, int):
+        dims = ([-1], [0]) if dims == 1 else ()
+    one = [each[0] for each in dims if isinstance(each, (list, tuple)) and len(each) == 1]
+    if len(dims) != 2 or len(one) != 2 or not all(isinstance(each, int) for each in one):
+        return None
+    return _contracted(node, op, one[0], one[1])
+
+
+def _contracted(node: fx.Node, op: Op, of_x: int, of_y: int) -> Product | None:
+    ranks = _ranks(op["x"], op["y"])
+    if ranks is None or min(ranks) < 1:
+        return None
+    left: list[Label] = [f"left{position}" for position in range(ranks[0])]
+    right: list[Label] = [f"right{position}" for position in range(ranks[1])]
+    left[of_x] = right[of_y] = "sum"
+    out = tuple(label for label in (*left, *right) if label != "sum")
+    return Product(node, op["x"], op["y"], tuple(left), tuple(right), out, "sum")
+
+
+def _sum(node: fx.Node, op: Op) -> Product | None:
+    """``(x * y).sum(dim)``, where each operand has a dimension that the other broadcasts."""
+    plain = not op["keepdim"] and not op["dtype"]
+    return _summed(node, op) if plain and not _writes_between(op["x"], node) else None
+
+
+def _summed(node: fx.Node, op: Op) -> Product | None:
+    multiply = op["x"]
+    inner = dialect.view(multiply) if isinstance(multiply, fx.Node) else None
+    dims = op["dim"] if isinstance(op["dim"], (list, tuple)) else [op["dim"]]
+    if inner is None or inner.name != "mul" or len(dims) != 1 or not isinstance(dims[0], int):
+        return None
+    x, y = inner["x"], inner["y"]
+    shapes = [dialect.shape(each) if isinstance(each, fx.Node) else None for each in (x, y)]
+    out = dialect.shape(multiply)
+    if out is None or any(s is None or len(s) != len(out) for s in shapes):
+        return None
+    summed = dims[0] % len(out)
+    left, right = (
+        tuple(
+            "sum" if p == summed else f"{side}{p}" if size == 1 and wide != 1 else p
+            for p, (size, wide) in enumerate(zip(shape or (), out, strict=True))
+        )
+        for side, shape in zip(("left", "right"), shapes, strict=True)
+    )
+    result: tuple[Label, ...] = tuple(p for p in range(len(out)) if p != summed)
+    found = Product(node, x, y, left, right, result, "sum")
+    return found if found.has_rows(x) and found.has_rows(y) else None
+
+
+def _writes_between(first: fx.Node, last: fx.Node) -> bool:
+    """Whether anything is written to between two nodes that stand close together."""
+    node = first
+    for _ in range(8):
+        if node is last:
+            return False
+        if dialect.written(node):
+            return True
+        node = node.next
+    return True
+
+
+def opaque_operands(node: fx.Node) -> list[fx.Node]:
+    """What ``node`` contracts in a way that :func:`product` does not read; else nothing."""
+    if not _is_opaque(node):
+        return []
+    multiply = node.args[0] if dialect.name(node).startswith("sum") else node
+    return list((multiply if isinstance(multiply, fx.Node) else node).all_input_nodes)
+
+
+def _is_opaque(node: fx.Node) -> bool:
+    name = dialect.name(node).split(".")[0] if node.op.startswith("call") else ""
+    op = dialect.view(node)
+    if op is None:
+        return name in _OPAQUE
+    if op.name == "sum":
+        return _sum(node, op) is None and _summed(node, op) is not None
+    return op.name in ("einsum", "tensordot", "inner") and product(node) is None
+
+
+def _interleaved(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
+    """``einsum(x, [0, 1], y, [1, 2], [0, 2])`` as an equation."""
+    args = list(node.args)
+    out = args.pop() if len(args) % 2 else None
+    lists = [*args[1::2], *([] if out is None else [out])]
+    plain = all(isinstance(each, (list, tuple)) for each in lists)
+    if not plain or not all(each is Ellipsis or isinstance(each, int) for x in lists for each in x):
+        return None
+    terms = ["".join("..." if e is Ellipsis else chr(ord("A") + e) for e in x) for x in lists]
+    inputs = ",".join(terms[: len(args) // 2])
+    return (inputs if out is None else f"{inputs}->{terms[-1]}"), tuple(args[::2])
+
+
 def _einsum(node: fx.Node, op: Op) -> Product | None:
     operands: tuple[Any, ...] = op["operands"] or ()
     equation = op["equation"]
+    if isinstance(equation, fx.Node):
+        equation, operands = _interleaved(node) or ("", ())
     if not isinstance(equation, str) or len(operands) != 2:
         return None
     ranks = _ranks(*operands, node)
@@ -164,4 +278,23 @@ def _labels(term: str, rank: int) -> tuple[Label, ...] | None:
     return (*before, *(position - hidden for position in range(hidden)), *after)
 
 
-_RULES = {"matmul": _matmul, "baddbmm": _baddbmm, "linear": _linear, "einsum": _einsum}
+_OPAQUE = (
+    "multi_dot",
+    "linalg_multi_dot",
+    "chain_matmul",
+    "addbmm",
+    "bilinear",
+    "mv",
+    "addmv",
+    "cosine_similarity",
+)
+_RULES = {
+    "matmul": _matmul,
+    "baddbmm": _baddbmm,
+    "addmm": _addmm,
+    "linear": _linear,
+    "einsum": _einsum,
+    "tensordot": _tensordot,
+    "inner": _inner,
+    "sum": _sum,
+}

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from nsa_compile.passes import dialect
 from nsa_compile.passes.masks.affine import Affine
 from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.term import Term
 from nsa_compile.passes.masks.views import Element, Index
 from nsa_compile.passes.match.logits import Factor
-from nsa_compile.passes.reasons import Refusal
+from nsa_compile.passes.reasons import Reason, Refusal
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,18 @@ def find_roots(graph: fx.Graph, lifter: Lifter) -> Iterator[Root | Unparsed]:
     """Every attention of ``graph``, in the order of their outputs."""
     from nsa_compile.passes.match import eager, sdpa
 
-    found = [*sdpa.find(graph, lifter), *eager.find(graph, lifter)]
+    found = [_without_vmap(r) for r in (*sdpa.find(graph, lifter), *eager.find(graph, lifter))]
     order = {node: position for position, node in enumerate(graph.nodes)} if found else {}
     yield from sorted(found, key=lambda root: order[root.output])
+
+
+def _without_vmap(root: Root | Unparsed) -> Root | Unparsed:
+    """Inside ``torch.vmap`` tensors have a hidden dimension, which the operators do not know."""
+    value = dialect.value(root.output)
+    if not isinstance(value, torch.Tensor) or not torch._C._functorch.is_batchedtensor(value):
+        return root
+    why = f"{dialect.describe(root.output)}: it runs under torch.vmap"
+    given = (root.query, root.key, root.value)
+    q, k, v = (each.node if isinstance(each, Element) else each for each in given)
+    refusal = Refusal(Reason.UNRECOGNISED_ATTENTION, why)
+    return Unparsed(root.output, refusal, root.spelling, q, k, v, root.mask)

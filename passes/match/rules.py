@@ -183,6 +183,9 @@ def _cat(walk: Walk, node: fx.Node, op: Op) -> None:
     at = walk.at[dim] - start
     if at != walk.key or size.constant != 1 or walk.logits.terms or walk.logits.softcap:
         raise Stumble(node, "a concatenation that adds no sinks")
+    fold(walk.logits)
+    if walk.logits.factors or walk.logits.scale != 1:
+        raise Stumble(node, "sinks that are scaled with the scores")
     column = (*walk.at[:dim], Affine(), *walk.at[dim + 1 :])
     walk.logits.sinks = Element(walk.grammar.current(sinks, node), column)
     walk.enter(scores, node, (*walk.at[:dim], at, *walk.at[dim + 1 :]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from nsa_compile.passes.match.products import variables
 from nsa_compile.passes.match.roots import Root, Unparsed
 from nsa_compile.passes.reasons import Reason, Refusal
 
+_SCALED = "scaled_dot_product"
 _SDPA = "scaled_dot_product_attention"
 
 
@@ -32,16 +34,16 @@ def find(graph: fx.Graph, lifter: Lifter) -> Iterator[Root | Unparsed]:
     """Every call of SDPA in ``graph``."""
     facts = Facts(graph)
     for node in graph.nodes:
-        if _SDPA in dialect.name(node):
+        if _SCALED in dialect.name(node):
             op = dialect.view(node)
-            if op is not None and op.name == _SDPA:
-                root = read(node, op, lifter)
+            if op is not None and _SCALED in op.name and (op.name == _SDPA or facts.is_live(node)):
+                root = read(node, op, lifter) if op.name == _SDPA else _inside(node, op, lifter)
                 if not (isinstance(root, Root) and _pools(root, facts, lifter)):
                     yield root
 
 
-def read(node: fx.Node, op: Op, lifter: Lifter) -> Root | Unparsed:
-    """The attention that ``node`` computes."""
+def read(node: fx.Node, op: Op, lifter: Lifter, call: fx.Node | None = None) -> Root | Unparsed:
+    """The attention whose result is ``node``; ``call`` computes it, where that is another node."""
     q, k, v, mask = op["query"], op["key"], op["value"], op["attn_mask"]
     unparsed = Unparsed(node, _unknown_shape(q, k, v), "sdpa", q, k, v, mask)
     shapes = [dialect.shape(each) if isinstance(each, fx.Node) else None for each in (q, k, v)]
@@ -64,7 +66,7 @@ def read(node: fx.Node, op: Op, lifter: Lifter) -> Root | Unparsed:
             key_at=key_at,
             channel=channel,
             value_channel=index[-1],
-            reader=node,
+            reader=call or node,
             scale=_scale(op["scale"], query[-1]),
             dtype=_dtype(node, q),
             spelling="sdpa",
@@ -75,6 +77,21 @@ def read(node: fx.Node, op: Op, lifter: Lifter) -> Root | Unparsed:
         )
     except Stuck:
         return unparsed
+
+
+def _inside(node: fx.Node, op: Op, lifter: Lifter) -> Root | Unparsed:
+    """An operator that SDPA decomposes into: output 0 is the result, others are for backward."""
+    outputs = [u for u in node.users if dialect.name(u) == "getitem" and u.args[1] == 0]
+    if len(outputs) != 1 or op["dropout_mask"] is not None:
+        why = f"{dialect.describe(node)}: an answer that is not taken apart"
+        refusal = Refusal(Reason.UNRECOGNISED_ATTENTION, why)
+        return Unparsed(node, refusal, "sdpa", op["query"], op["key"], op["value"])
+    root = read(outputs[0], op, lifter, call=node)
+    more = next((u for u in node.users if u is not outputs[0] and u.users), None)
+    if more is None or isinstance(root, Unparsed):
+        return root
+    escapes = f"{dialect.describe(more)} is used too"
+    return replace(root, refusal=Refusal(Reason.WEIGHTS_ESCAPE, escapes))
 
 
 def _pools(root: Root, facts: Facts, lifter: Lifter) -> bool:

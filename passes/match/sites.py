@@ -15,6 +15,7 @@ from nsa_compile.passes.masks.prove import Proof
 from nsa_compile.passes.masks.sizes import Size
 from nsa_compile.passes.match import axes, layout, modifiers, origin
 from nsa_compile.passes.match.layout import Layout, Operand
+from nsa_compile.passes.match.normalisers import NAMES as SOFTMAXES
 from nsa_compile.passes.match.roots import Root, Unparsed, find_roots
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Mask
@@ -32,7 +33,7 @@ def find_sites(
     Returns:
         One site an attention, also where it cannot be converted: then ``mask`` is the refusal.
     """
-    if not any("softmax" in name or "attention" in name for name in _names(gm.graph)):
+    if not any(part in name for name in _names(gm.graph) for part in ("attention", *SOFTMAXES)):
         return []
     prover = Prover(gm, values or {})
     ordinals: dict[str, int] = {}

@@ -17,7 +17,7 @@ from nsa_compile.passes.masks.values import Stuck
 from nsa_compile.passes.masks.views import Element, Index
 from nsa_compile.passes.match.facts import PRODUCTS, Facts
 from nsa_compile.passes.match.numbers import fixed, number
-from nsa_compile.passes.match.products import Product, product, variables
+from nsa_compile.passes.match.products import Product, opaque_operands, product, variables
 
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double")
 _PASSED = (
@@ -72,41 +72,66 @@ def find_product(softmax: fx.Node, facts: Facts) -> Product | fx.Node | None:
     product at all.
     """
     unknown: list[fx.Node] = []
-    found = _search(softmax, facts, lambda op: op.name in _PASSED, unknown)
+    found = _search(softmax, facts, _is_passed, unknown)
     if found is not None or not unknown:
-        return found
-    for node in unknown:
-        if _search(node, facts, lambda op: op.name not in PRODUCTS, []) is not None:
-            return node
-    return None
+        return found if isinstance(found, Product) else None
+    return next((node for node in unknown if leads_to_product(node, facts) is not None), None)
+
+
+def leads_to_product(start: fx.Node, facts: Facts) -> fx.Node | None:
+    """The first product with data that ``start`` has a part in, through whatever is no product."""
+    operands = opaque_operands(start)
+    if operands:
+        return start if sum(map(facts.is_activation, operands)) > 1 else None
+    unknown: list[fx.Node] = []
+    found = _search(start, facts, _is_no_product, unknown)
+    if found is not None:
+        return found.node
+    return next((node for node in unknown if leads_to_product(node, facts) is not None), None)
+
+
+def _is_passed(node: fx.Node) -> bool:
+    op = dialect.view(node)
+    return op is not None and op.name in _PASSED and not dialect.written(node)
+
+
+def _is_no_product(node: fx.Node) -> bool:
+    op = dialect.view(node)
+    return (op is None or op.name not in PRODUCTS) and not opaque_operands(node)
 
 
 def _search(
-    start: fx.Node, facts: Facts, passes: Callable[[Op], bool], unknown: list[fx.Node]
+    start: fx.Node, facts: Facts, passes: Callable[[fx.Node], bool], unknown: list[fx.Node]
 ) -> Product | None:
     """Breadth first through the live users of ``start``."""
     queue, seen = [start], {start}
     while queue and len(seen) < _MOST_NODES:
         node = queue.pop(0)
-        for user in node.users:
+        seen.update(dialect.written(node))
+        for user in _readers(node):
             if user in seen or not facts.is_live(user):
                 continue
             seen.add(user)
             found = product(user)
-            if found is not None and _values(found, node, facts):
+            if found is not None and _values(found, seen, facts):
                 return found
-            op = dialect.view(user)
-            if op is not None and passes(op) and not dialect.written(user):
+            if passes(user):
                 queue.append(user)
             else:
                 unknown.append(user)
     return None
 
 
-def _values(found: Product, weights: fx.Node, facts: Facts) -> bool:
-    """Whether the other operand of ``found`` can be values: data, not parameters."""
-    other = found.right if found.left is weights else found.left
-    return other is not weights and facts.is_activation(other)
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads ``node``, or a tensor that ``node`` writes into."""
+    written = (user for each in dialect.written(node) for user in each.users)
+    return [user for user in (*node.users, *written) if user is not node]
+
+
+def _values(found: Product, seen: set[fx.Node], facts: Facts) -> bool:
+    """Whether one operand of ``found`` is weights, the other values: data, not parameters."""
+    others = [each for each in (found.left, found.right) if each not in seen]
+    return len(others) == 1 and facts.is_activation(others[0])
 
 
 def parse(found: Product, softmax: fx.Node, lifter: Lifter) -> Weights:
