@@ -79,8 +79,8 @@ class Reason(Enum):
     )
     DATA_DEPENDENT_MASK = (
         "data_dependent_mask",
-        "the mask is computed from activations: {detail}",
-        "keep this layer dense: it chooses its keys itself",
+        "its mask, or a bias that it adds to the scores, is computed from activations: {detail}",
+        "keep this layer dense: it chooses its keys itself, or its bias depends on the queries",
     )
     UNRECOGNISED_ATTENTION = (
         "unrecognised_attention",
