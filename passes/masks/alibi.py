@@ -82,6 +82,9 @@ def resolve(
         return _refusal(first.load, "it adds different numbers to keys that one query sees")
     part = _key_part(first)
     if part is None:
+        if not affine(first.load).variables() and first.times.constant is not None:
+            # Small, it changes nothing; the lowest number would make all scores equal.
+            return _refusal(first.load, "it adds a number that is only known at run time")
         return None
     if part.load is None:
         made = blame.of_activations(first.load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
-from nsa_compile.passes.masks.affine import Affine, Load, affine, floor_div, modulo
+from nsa_compile.passes.masks.affine import Affine, Load, affine, floor_div, lower, modulo
 from nsa_compile.passes.masks.cast import cast, condition, numbers
 from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition, eq, ge, ne
 from nsa_compile.passes.masks.lift import Lifter, Rule
@@ -146,6 +147,13 @@ def _floor(x: Affine, y: Affine) -> Affine | None:
     return floor_div(x, _positive(y))
 
 
+def _truncated(x: Affine, y: Affine) -> Affine | None:
+    low = lower(x)
+    if low is None or low < 0:
+        raise Stuck("a division of what may be negative, rounded towards 0")
+    return _floor(x, y)
+
+
 def _mod(x: Affine, y: Affine) -> Affine | None:
     return modulo(x, _positive(y))
 
@@ -158,9 +166,8 @@ def _positive(y: Affine) -> int:
 
 def _div(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
     mode = op["rounding_mode"]
-    if mode not in (None, "floor"):
-        raise Stuck(f"a division rounded by {mode}")
-    return (_EXACT_DIVISION if mode is None else _FLOOR_DIVISION)(lifter, node, op, index)
+    rules = {None: _EXACT_DIVISION, "floor": _FLOOR_DIVISION, "trunc": _TRUNCATED_DIVISION}
+    return rules[mode](lifter, node, op, index)
 
 
 def _no_floats(x: float, y: float) -> float:
@@ -186,7 +193,10 @@ def _abs(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
 def _larger(x: Value, y: Value) -> Value:
     if isinstance(x, Affine) and isinstance(y, Affine):
         return choose(ge(x - y), x, y)
-    return x if _difference(x, y) >= 0 else y
+    difference = _difference(x, y)
+    if math.isnan(difference):
+        return math.nan
+    return x if difference >= 0 else y
 
 
 def _smaller(x: Value, y: Value) -> Value:
@@ -195,6 +205,10 @@ def _smaller(x: Value, y: Value) -> Value:
 
 def _extreme(leaf: Callable[[Value, Value], Value]) -> Rule:
     def rule(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+        if op.name in ("max", "min"):  # torch.max(x, y); with a dim it is a reduction
+            if not isinstance(op["dim"] or op["y"], fx.Node) or op["keepdim"] is not None:
+                raise Stuck("the largest of many elements")
+            op = Op(op.name, {"x": op["x"], "y": op["dim"] or op["y"]})
         return _pairwise(lifter, node, op, index, leaf)
 
     return rule
@@ -265,6 +279,7 @@ def _masked_fill(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
 
 _EXACT_DIVISION = _arithmetic(_over, _divide, over)
 _FLOOR_DIVISION = _arithmetic(_floor, _no_floats)
+_TRUNCATED_DIVISION = _arithmetic(_truncated, _no_floats)
 
 RULES: dict[str, Rule] = {
     "eq": _compare(eq, lambda d: d == 0),
@@ -292,6 +307,8 @@ RULES: dict[str, Rule] = {
     "abs": _abs,
     "minimum": _extreme(_smaller),
     "maximum": _extreme(_larger),
+    "min": _extreme(_smaller),
+    "max": _extreme(_larger),
     "clamp": _clamp,
     "where": _where,
     "masked_fill": _masked_fill,

@@ -7,6 +7,7 @@ positions b, h, i, j, and answers by asking the inputs. An element nobody unders
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ from nsa_compile.passes.masks.values import (
     Value,
     Weighted,
     as_number,
+    by_cases,
     leaves,
     map_leaves,
     size,
@@ -41,6 +43,8 @@ Rule = Callable[["Lifter", fx.Node, Op, Index], Value]
 _EXACT_INTEGERS = {torch.int32, torch.int64, torch.float32, torch.float64}
 # A mask is a handful of terms; an expression past this size is not one, and must not cost time.
 _LARGEST = 200
+# Times any position this stays far from the largest float32; float16 is looked at by its bounds.
+_LARGE = 2**40
 
 
 class Lifter:
@@ -128,6 +132,8 @@ class Lifter:
         return found
 
     def _lift(self, node: fx.Node, index: Index) -> Value:
+        if dialect.value(node) is None:  # an assignment answers nothing: what it wrote to
+            return self._rule_of(node, index)
         found = self._understood(node, index)
         self.rows.remember(node, index, self.sizes.shape(node) or (), found)
         return found
@@ -137,6 +143,7 @@ class Lifter:
             found = self._rule(node, index)
             if dialect.value(node).dtype == torch.bool:
                 found = cast(found, torch.bool)
+            found = _ranged(found, node)
             if not _fits(found, node) or size(found) > _LARGEST:
                 raise Stuck("values that its dtype may not hold exactly")
             found = self._of_head(_rounded(found, node), node, index)
@@ -180,10 +187,14 @@ class Lifter:
         element = views.source(node, op, index, self.sizes, self.index_value)
         if element is not None:
             return self.lift(element.node, element.at)
+        return self._rule_of(node, index)
+
+    def _rule_of(self, node: fx.Node, index: Index) -> Value:
+        op = dialect.view(node)
         from nsa_compile.passes.masks.rules import RULES
 
-        rule = RULES.get(op.name)
-        if rule is None:
+        rule = None if op is None else RULES.get(op.name)
+        if op is None or rule is None:
             raise Stuck("an operator that mask proofs do not know")
         return rule(self, node, op, index)
 
@@ -213,6 +224,31 @@ def _rounded(value: Value, node: fx.Node) -> Value:
     if not dtype.is_floating_point or dtype.itemsize >= 4:
         return value
     return map_leaves(value, lambda v: replace(v, dtype=dtype) if isinstance(v, Weighted) else v)
+
+
+def _ranged(value: Value, node: fx.Node) -> Value:
+    """``value`` with what overflows the floating-point dtype of ``node`` as an infinity."""
+    dtype = dialect.value(node).dtype
+    if not dtype.is_floating_point:
+        return value
+    top = torch.finfo(dtype).max
+
+    def leaf(found: Value) -> Value:
+        constant = found.constant if isinstance(found, Affine) else found
+        if isinstance(constant, (int, float)):
+            return math.copysign(math.inf, constant) if abs(constant) > top else found
+        if not isinstance(found, Affine) or _largest(found) <= _LARGE:
+            return found
+        cases = by_cases(found)
+        if isinstance(cases, Affine):
+            raise Stuck("a position times a number so large that it may overflow")
+        return map_leaves(cases, leaf)
+
+    return map_leaves(value, leaf)
+
+
+def _largest(found: Affine) -> int:
+    return max(abs(number) for number in (found.const, *found.terms.values()))
 
 
 def _limits(dtype: torch.dtype) -> tuple[int | None, int | None]:

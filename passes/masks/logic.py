@@ -39,7 +39,7 @@ def all_of(conditions: Iterable[Condition]) -> Condition:
         flat.update(condition.of if isinstance(condition, All) else (condition,))
     if FALSE in flat:
         return FALSE
-    flat = _tightest(_on_lines(flat))
+    flat = _tightest(_without_edges(_on_lines(flat)))
     if FALSE in flat:
         return FALSE
     if any(_negated_atom(c) in flat for c in flat):
@@ -100,16 +100,36 @@ def _on_lines(conditions: set[Condition]) -> set[Condition]:
     return decided
 
 
+def _without_edges(conditions: set[Condition]) -> set[Condition]:
+    """``conditions`` with ``x >= 0`` and ``x != 0`` as ``x >= 1``."""
+    edges = {c.of for c in conditions if isinstance(c, Ne)}
+    found: set[Condition] = set()
+    for condition in conditions:
+        if isinstance(condition, Ge) and (condition.of in edges or -condition.of in edges):
+            found.update(conjuncts(ge(condition.of - 1)))
+        elif not (isinstance(condition, Ne) and {Ge(condition.of), Ge(-condition.of)} & conditions):
+            found.add(condition)
+    return found
+
+
 def _weakest(conditions: set[Condition]) -> set[Condition]:
     """``conditions`` without the bounds that imply another one of them."""
     bounds = [c for c in conditions if isinstance(c, Ge)]
+    unequal = [sign for c in conditions if isinstance(c, Ne) for sign in (c.of, -c.of)]
     implied = set()
     for strong in bounds:
         for weak in bounds:
             gap = None if weak is strong or weak in implied else lower(weak.of - strong.of)
             if gap is not None and gap >= 0:
                 implied.add(strong)
+        if any(_positive(each - strong.of) for each in unequal):
+            implied.add(strong)
     return conditions - implied
+
+
+def _positive(of: Affine) -> bool:
+    low = lower(of)
+    return low is not None and low > 0
 
 
 def _tightest(conditions: set[Condition]) -> set[Condition]:

@@ -58,7 +58,8 @@ class Mutations:
         op = dialect.view(last)
         # An in-place view (unsqueeze_) changes the shape that ``node`` was recorded with.
         same_shape = dialect.shape(last) is not None and dialect.shape(last) == dialect.shape(node)
-        functional = op is not None and op.inplace and same_shape
+        assigns = op is not None and op.name == "setitem"
+        functional = op is not None and op.inplace and (same_shape or assigns)
         if functional and (node is last or _whole(node) is _whole(last.args[0]) is base(node)):
             return last
         return f"written to in place by {dialect.describe(last)}"

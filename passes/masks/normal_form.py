@@ -15,11 +15,18 @@ from nsa_compile.passes.masks.chunks import Chunk, chunk
 from nsa_compile.passes.masks.conditions import (
     FALSE,
     TRUE,
+    All,
+    Any_,
     Condition,
+    Eq,
     Ge,
+    Ne,
     conjuncts,
     describe,
+    eq,
+    ge,
     loads,
+    ne,
     variables,
 )
 from nsa_compile.passes.masks.lift import Lifter
@@ -186,7 +193,7 @@ class _Namer:
 
     def _segments(self, offset: Affine) -> tuple[tuple[fx.Node, fx.Node] | None, bool]:
         """The tensors that query and key must agree in, and whether those are sorted documents."""
-        same, queries = self.terms.same, self.terms.queries
+        same, queries = self.terms.same, self._queries()
         found = [documents.ids(each, self.lifter) for each in same]
         if queries and not same:
             # Real queries see real keys: both are true, and the keys are told to be.
@@ -199,6 +206,12 @@ class _Namer:
         if ids is None:
             return None, False
         return (ids.query, ids.key), ids.in_order(offset, self.lifter)
+
+    def _queries(self) -> list[Condition]:
+        """What is asked of the query and not, by the ids that both share, of the key as well."""
+        equal = [each.of for each in self.terms.same if isinstance(each, Eq)]
+        keys = set(self.terms.keys)
+        return [each for each in self.terms.queries if not _of_the_key(each, equal) & keys]
 
     def _padding(self) -> tuple[fx.Node | None, fx.Node | None]:
         """The row that is not 0 at real keys, and the row that is not 0 at hidden ones."""
@@ -247,6 +260,20 @@ def _without_diagonal(of: Affine) -> Affine | None:
         return None
     rest = Affine(of.const, {a: c for a, c in of.terms.items() if not isinstance(a, Var)})
     return None if rest.variables() else rest
+
+
+def _of_the_key(query: Condition, equal: list[Affine]) -> set[Condition]:
+    """``query`` with what it reads replaced by what, as ``equal`` say, is the same."""
+    if isinstance(query, (All, Any_)):
+        return set()
+    make = {Ge: ge, Eq: eq, Ne: ne}[type(query)]
+    found = set()
+    for line in equal:
+        for atom, coefficient in query.of.terms.items():
+            at = line.terms.get(atom, 0)
+            if abs(at) == 1:
+                found.add(make(query.of - line.times(at * coefficient)))
+    return found
 
 
 def _sign(of: Affine, name: str) -> int:

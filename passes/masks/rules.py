@@ -6,7 +6,7 @@ from torch import fx
 
 from nsa_compile.passes import dialect
 from nsa_compile.passes.dialect import Op
-from nsa_compile.passes.masks import elementwise, structure
+from nsa_compile.passes.masks import elementwise, functions, rearrange, structure
 from nsa_compile.passes.masks.cast import cast
 from nsa_compile.passes.masks.lift import Lifter, Rule
 from nsa_compile.passes.masks.values import Value
@@ -22,5 +22,7 @@ def _to(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(CASTS, _to),
     **elementwise.RULES,
+    **functions.RULES,
+    **rearrange.RULES,
     **structure.RULES,
 }

@@ -50,6 +50,10 @@ def _tensor(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
     return cast(lifter.scalar(op["data"]), dialect.value(node).dtype)
 
 
+def _eye(lifter: Lifter, node: fx.Node, op: Op, index: Index) -> Value:
+    return cast(eq(index[0] - index[1]), dialect.value(node).dtype)
+
+
 def _triangle(sign: int) -> Rule:
     """tril (``sign`` 1) keeps ``column <= row + diagonal``, triu (-1) ``>=``."""
 
@@ -139,6 +143,7 @@ RULES: dict[str, Rule] = {
     "zeros_like": _filled(0),
     "tensor": _tensor,
     "fill": _fill,
+    "eye": _eye,
     "tril": _triangle(1),
     "triu": _triangle(-1),
     "diff": _diff,

@@ -206,7 +206,7 @@ def _getitem(op: Op, index: Index, sizes: Sizes, lift: LiftIndex) -> Element | N
     items = list(op["index"]) if isinstance(op["index"], (tuple, list)) else [op["index"]]
     if op.name == "index":  # aten writes a whole dimension as None
         items = [slice(None) if item is None else item for item in items]
-    items = _without_ellipsis(items, len(shape))
+    items = without_ellipsis(items, len(shape))
     tensors = [p for p, item in enumerate(items) if _is_tensor(item)]
     shapes = [dialect.shape(items[p]) or () for p in tensors]
     rank = max((len(s) for s in shapes), default=0)
@@ -231,13 +231,14 @@ def _getitem(op: Op, index: Index, sizes: Sizes, lift: LiftIndex) -> Element | N
             result.append(_sliced(item, size, index[cursor], sizes))
             cursor += 1
         else:
-            result.append(_picked(item, shape[len(result)], sizes))
+            result.append(picked(item, shape[len(result)], sizes))
     if cursor != len(index):
         raise Stuck("an indexing expression whose dimensions do not add up")
     return Element(x, tuple(result))
 
 
-def _without_ellipsis(items: list[Any], rank: int) -> list[Any]:
+def without_ellipsis(items: list[Any], rank: int) -> list[Any]:
+    """``items`` with a full slice for every dimension that they leave out."""
     used = sum(1 for i in items if i is not None and i is not Ellipsis)
     missing: list[Any] = [slice(None)] * (rank - used)
     for position, item in enumerate(items):
@@ -267,10 +268,10 @@ def _sliced(item: slice, size: Size, at: Affine, sizes: Sizes) -> Affine:
     step = 1 if item.step is None else item.step
     if not isinstance(step, int) or step < 1:
         raise Stuck("a slice with a run-time step")
-    return at.times(step) + _start(item.start, item.stop, size, sizes)
+    return at.times(step) + start(item.start, item.stop, size, sizes)
 
 
-def _start(start: Any, stop: Any, size: Size, sizes: Sizes) -> Affine:
+def start(start: Any, stop: Any, size: Size, sizes: Sizes) -> Affine:
     """Where a slice begins. One that begins past the end is empty, so that case needs no care."""
     if start is None:
         return Affine()
@@ -289,7 +290,8 @@ def _start(start: Any, stop: Any, size: Size, sizes: Sizes) -> Affine:
     raise Stuck("a slice start that may lie before the first element")
 
 
-def _picked(item: Any, size: Size, sizes: Sizes) -> Affine:
+def picked(item: Any, size: Size, sizes: Sizes) -> Affine:
+    """The index that an integer names, which may count from the end."""
     at = sizes.integer(item)
     if at is None:
         raise Stuck("an index of unknown kind")
@@ -306,7 +308,7 @@ def _select(op: Op, index: Index, sizes: Sizes, lift: LiftIndex) -> Element | No
     if shape is None:
         return None
     dim = _dim(op["dim"], len(shape))
-    at = _picked(op["index"], shape[dim], sizes)
+    at = picked(op["index"], shape[dim], sizes)
     return Element(op["x"], (*index[:dim], at, *index[dim:]))
 
 
@@ -325,7 +327,7 @@ def _narrow(op: Op, index: Index, sizes: Sizes, lift: LiftIndex) -> Element | No
     if shape is None:
         return None
     dim = _dim(op["dim"], len(shape))
-    at = index[dim] + _start(op["start"], None, shape[dim], sizes)
+    at = index[dim] + start(op["start"], None, shape[dim], sizes)
     return Element(op["x"], (*index[:dim], at, *index[dim + 1 :]))
 
 

@@ -79,7 +79,114 @@ OTHER: list[Program] = [
     lambda x, p, t, s: rows(t) == columns(s),
     lambda x, p, t, s: p.bool()[:, None, None, :].roll(1, -1),
 ]
-KINDS = (CAUSAL, CAUSAL, WINDOW, PADDING, OTHER)
+
+
+def assigned(
+    region: Callable[[Tensor, Tensor], tuple[object, ...] | Tensor], value: float
+) -> Program:
+    """``tril`` with ``value`` written to a region of it."""
+
+    def made(x: Tensor, p: Tensor, t: int, s: int) -> Tensor:
+        mask = torch.ones(t, s).tril()
+        mask[region(rows(t), columns(s))] = value
+        return mask != 0
+
+    return made
+
+
+# Numbers on their way to a mask, 0 where a key is hidden: what models do arithmetic on.
+NUMBERS: list[Program] = [
+    lambda x, p, t, s: torch.ones(t, s).tril(),
+    lambda x, p, t, s: torch.ones(t, s, dtype=torch.long).tril(),
+    lambda x, p, t, s: torch.ones(t, s, dtype=torch.uint8).tril(),
+    lambda x, p, t, s: torch.ones(t, s).triu(-2),
+    lambda x, p, t, s: (rows(t) - columns(s) + 1).clamp(0, 1),
+    lambda x, p, t, s: torch.sign(rows(t) - columns(s)) + 1,
+    lambda x, p, t, s: F.relu(rows(t) - columns(s) + 1),
+    lambda x, p, t, s: p[:, None, None],
+    lambda x, p, t, s: p[:, None, None].float(),
+    lambda x, p, t, s: p[:, None, None].to(torch.uint8),
+    lambda x, p, t, s: 1 - p[:, None, None],
+    lambda x, p, t, s: p[:, None, None] - 1,
+    lambda x, p, t, s: p[:, None, :t, None] if t == s else p[:, None, None],
+    lambda x, p, t, s: p[:, None, None].clamp(max=1),
+    lambda x, p, t, s: p[:, None, None] == p[:, None, :1, None],
+    lambda x, p, t, s: p.cumsum(-1)[:, None, None],
+    lambda x, p, t, s: F.pad(torch.ones(t, s).tril(), (1, 0))[:, :-1],
+    lambda x, p, t, s: F.pad(torch.ones(t, s).tril(), (0, 0, 1, -1), value=1.0),
+    lambda x, p, t, s: torch.ones(t, s).triu().flip(0).flip(1),
+    lambda x, p, t, s: torch.eye(t, s),
+    lambda x, p, t, s: torch.div(columns(s), 4, rounding_mode="trunc") - (rows(t) >> 2),
+    lambda x, p, t, s: torch.full((), 0.5),
+]
+ASSIGNED: list[Program] = [
+    assigned(lambda i, j: (slice(None), slice(None, 3)), 1.0),
+    assigned(lambda i, j: (slice(None, 3), slice(None, 3)), 1.0),
+    assigned(lambda i, j: (..., slice(2, None)), 0.0),
+    assigned(lambda i, j: (..., -1), 0.0),
+    assigned(lambda i, j: (slice(None, -2),), 1.0),
+    assigned(lambda i, j: (0,), 1.0),
+    assigned(lambda i, j: i - j > 4, 0.0),
+    assigned(lambda i, j: j > i, 2.0),
+]
+KINDS = (CAUSAL, CAUSAL, WINDOW, PADDING, OTHER, ASSIGNED)
+
+
+def computed(random_: random.Random, a: Program, b: Program) -> Program:
+    """Arithmetic on two tensors of numbers."""
+    return random_.choice(
+        [
+            lambda x, p, t, s: a(x, p, t, s) * b(x, p, t, s),
+            lambda x, p, t, s: a(x, p, t, s) + b(x, p, t, s),
+            lambda x, p, t, s: a(x, p, t, s) - b(x, p, t, s) * 1,
+            lambda x, p, t, s: torch.minimum(a(x, p, t, s).float(), b(x, p, t, s).float()),
+            lambda x, p, t, s: torch.maximum(a(x, p, t, s).int(), b(x, p, t, s).int()),
+            lambda x, p, t, s: torch.max(a(x, p, t, s).float(), b(x, p, t, s).float()),
+            lambda x, p, t, s: a(x, p, t, s).int() & b(x, p, t, s).int(),
+            lambda x, p, t, s: a(x, p, t, s).byte() | b(x, p, t, s).byte(),
+            lambda x, p, t, s: a(x, p, t, s).long() ^ b(x, p, t, s).long(),
+            lambda x, p, t, s: a(x, p, t, s).float().masked_fill(b(x, p, t, s) == 0, 0.0),
+            lambda x, p, t, s: torch.where(a(x, p, t, s).bool(), b(x, p, t, s).float(), 0.0),
+            lambda x, p, t, s: (~a(x, p, t, s).int()) * b(x, p, t, s).int(),
+            lambda x, p, t, s: a(x, p, t, s).float() / 2 + b(x, p, t, s).float() / 2,
+            lambda x, p, t, s: torch.logical_and(a(x, p, t, s), b(x, p, t, s)).float(),
+        ]
+    )
+
+
+def hiding(random_: random.Random, a: Program) -> Program:
+    """Numbers made a mask."""
+    low = torch.finfo(torch.float32).min
+    return random_.choice(
+        [
+            lambda x, p, t, s: a(x, p, t, s).bool(),
+            lambda x, p, t, s: a(x, p, t, s) > 0,
+            lambda x, p, t, s: a(x, p, t, s) >= 1,
+            lambda x, p, t, s: a(x, p, t, s) == 1,
+            lambda x, p, t, s: a(x, p, t, s) > 0.5,
+            lambda x, p, t, s: (1.0 - a(x, p, t, s).float()) * -1e9,
+            lambda x, p, t, s: (1.0 - a(x, p, t, s).float()) * low,
+            lambda x, p, t, s: (1.0 - a(x, p, t, s).float()) * float("-inf"),
+            lambda x, p, t, s: ((1 - a(x, p, t, s).float()) * low + low).clamp(min=low) * 0.0,
+            lambda x, p, t, s: a(x, p, t, s).float().log(),
+            lambda x, p, t, s: torch.nan_to_num((a(x, p, t, s) == 0).float() * float("-inf")),
+            lambda x, p, t, s: torch.nan_to_num(
+                (a(x, p, t, s) == 0).float() * float("-inf"), neginf=-1e9
+            ),
+            lambda x, p, t, s: _refilled(1.0 - a(x, p, t, s).float(), low),
+            lambda x, p, t, s: (
+                a(x, p, t, s)
+                .float()
+                .masked_fill(a(x, p, t, s) == 0, -1e9)
+                .masked_fill(a(x, p, t, s) == 1, 0.0)
+            ),
+            lambda x, p, t, s: torch.maximum(a(x, p, t, s).float().log(), torch.full((), -1e9)),
+        ]
+    )
+
+
+def _refilled(inverted: Tensor, low: float) -> Tensor:
+    return inverted.masked_fill(inverted.to(torch.bool), low)
 
 
 def combine(random_: random.Random, a: Program, b: Program) -> Program:
@@ -116,6 +223,11 @@ def finish(random_: random.Random, a: Program) -> Program:
 
 def program(seed: int) -> Program:
     random_ = random.Random(seed)
+    if seed % 2:
+        numbers = random_.choice(NUMBERS)
+        for _ in range(random_.randrange(3)):
+            numbers = computed(random_, numbers, random_.choice(NUMBERS))
+        return hiding(random_, numbers)
     made = random_.choice(random_.choice(KINDS))
     for _ in range(random_.randrange(3)):
         made = combine(random_, made, random_.choice(random_.choice(KINDS)))
@@ -137,27 +249,32 @@ def attention(made: Program) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return f
 
 
-def inputs(t: int, s: int | None = None, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, T, 16], y [B, S, 16], padding [B, S]; without ``s`` y is x: one length for both."""
+def inputs(
+    t: int, s: int | None = None, batch: int = 2, most: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, 16], y [B, S, 16], padding [B, S] of 0 to ``most``.
+
+    Without ``s`` y is x: one length for both.
+    """
     x = torch.randn(batch, t, 16)
     y = x if s is None else torch.randn(batch, s, 16)
     generator = torch.Generator().manual_seed(t * 64 + y.shape[1])
-    return x, y, torch.randint(0, 3, (batch, y.shape[1]), generator=generator)
+    return x, y, torch.randint(0, most + 1, (batch, y.shape[1]), generator=generator)
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_proven_implies_equal_with_run_time_lengths(seed: int) -> None:
     """One capture, several lengths: the proof must hold for all of them."""
-    calls = [inputs(12), inputs(9), inputs(4), inputs(30, batch=3)]
+    calls = [inputs(12), inputs(9, most=1), inputs(4, most=1), inputs(30, batch=3, most=1)]
     if seed % 3 == 0:
-        calls = [inputs(12, 17), inputs(5, 6), inputs(6, 19), inputs(11, 7)]
+        calls = [inputs(12, 17), inputs(5, 6, most=1), inputs(6, 19, most=1), inputs(11, 7)]
     check(attention(program(seed)), *calls, dynamic=True)
 
 
 @pytest.mark.parametrize("seed", range(100, 112))
 def test_proven_implies_equal_with_fixed_lengths(seed: int) -> None:
     shape = random.Random(seed).choice([(12, 12), (7, 7), (1, 1), (2, 2), (9, 14), (14, 9)])
-    check(attention(program(seed)), inputs(*shape), dynamic=False)
+    check(attention(program(seed)), inputs(*shape), inputs(*shape, most=1), dynamic=False)
 
 
 @pytest.mark.parametrize("number", range(len(CAUSAL)))

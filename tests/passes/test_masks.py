@@ -109,7 +109,6 @@ NEAR_MISSES: dict[str, Callable[[Tensor], Tensor]] = {
     "by head": lambda q: at(q)[1] <= at(q)[0] + torch.arange(4)[:, None, None],
     "by batch": lambda q: at(q)[1] <= at(q)[0] + torch.arange(q.shape[0])[:, None, None, None],
     "one key": lambda q: (at(q)[1] <= at(q)[0]) & (at(q)[1] != 3),
-    "not the diagonal": lambda q: (at(q)[1] <= at(q)[0]) & (at(q)[1] != at(q)[0]),
     "from activations": lambda q: q[:, :1, :, :1] > 0,
     "first keys only": lambda q: (at(q)[1] <= at(q)[0]) & (at(q)[1] < 3),
     "rows": lambda q: (at(q)[1] <= at(q)[0]) & (at(q)[0] > 3),
@@ -136,6 +135,7 @@ def test_near_misses_are_refused(name: str, dynamic: bool) -> None:
     [
         (lambda q: at(q)[1] < at(q)[0], "causal(offset=-1)"),
         (lambda q: at(q)[1] <= at(q)[0] + 1, "causal(offset=1)"),
+        (lambda q: (at(q)[1] <= at(q)[0]) & (at(q)[1] != at(q)[0]), "causal(offset=-1)"),
         (lambda q: (at(q)[1] <= at(q)[0]) & (at(q)[1] > at(q)[0] - 4), "causal & window(4)"),
         (lambda q: (at(q)[1] <= at(q)[0]) & (at(q)[1] >= at(q)[0] - 4), "causal & window(5)"),
         (lambda q: (at(q)[1] <= at(q)[0]) & (at(q)[1] > at(q)[0] - 99), "causal & window(99)"),

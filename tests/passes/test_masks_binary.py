@@ -19,6 +19,7 @@ PADDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "subtracted": lambda q, p: (p[:, None, None, :] - 1) * 1e9,
     "finfo": lambda q, p: (1.0 - p[:, None, None, :]) * MIN,
     "unsqueezed": lambda q, p: ((1 - p) * -1e4).unsqueeze(1).unsqueeze(2),
+    "forth and back": lambda q, p: (1.0 - p[:, None, None, :] * p.flip(-1)[:, None, None]) * -1e9,
 }
 # Causal too: what models do with the two, as numbers.
 JOINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -52,7 +53,6 @@ MISSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "taken back": lambda q, p: torch.where(p == 7, -1e9, 0.0)[:, None, None] * (1 - p[0, 0]),
     "fractions": lambda q, p: (0.5 - p[:, None, None, :]) * -1e9,
     "on queries": lambda q, p: (1.0 - p[:, None, :, None]) * -1e9,
-    "two tensors": lambda q, p: (1.0 - p[:, None, None, :] * p.flip(-1)[:, None, None]) * -1e9,
 }
 
 
