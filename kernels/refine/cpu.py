@@ -10,7 +10,7 @@ from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.precision import accumulator
 from nsa_compile.kernels.refine.ranking import best_candidates, forced_candidates
-from nsa_compile.kernels.score.half import block_maxima, narrow_pair, score_dtype
+from nsa_compile.kernels.score.half import bits, block_maxima, narrow_pair, score_dtype
 from nsa_compile.kernels.score.logits import add_alibi_, cap_, softmax_
 from nsa_compile.kernels.visibility import Visibility, sees, whole_keys
 from nsa_compile.kernels.workers import share_pairs
@@ -131,7 +131,7 @@ class _Weighing:
         if self.dtype == self.wide:
             torch.amax(logits, dim=-2, out=out)
         else:
-            block_maxima(logits, out)
+            block_maxima(bits(logits), bits(out))
 
     def _products(
         self, place: tuple[int, int], listed: Tensor, columns: Tensor, first: int

@@ -17,7 +17,7 @@ from nsa_compile.kernels.attend.plan import Workspace
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.precision import accumulator
-from nsa_compile.kernels.score.half import block_maxima, narrow_pair, score_dtype
+from nsa_compile.kernels.score.half import bits, block_maxima, narrow_pair, score_dtype
 from nsa_compile.kernels.score.logits import Masks, add_alibi_, cap_, softmax_, tile_sum
 from nsa_compile.kernels.visibility import Visibility, holds_valid_key, key_bounds
 from nsa_compile.kernels.workers import share_pairs
@@ -196,20 +196,24 @@ class ChannelScorer(_Scorer):
     ) -> None:  # fmt: skip
         """Largest logits of a pair's ``columns`` [r, W] in the blocks of the pieces: [.., W]."""
         block, width = self.tiling.block, columns.shape[1]
-        keys, first = self.keys[pair].view(-1, block, len(columns)), pieces[0][0]
+        first, keys = pieces[0][0], self.keys[pair]
         most = max(end - at for at, end, _ in pieces)
-        room = self.workspace.take("logits", self.dtype, most, block, width)
+        room = self.workspace.take("logits", self.dtype, most * block, width)
+        # The same views serve most pieces: the calls around a piece's two count.
+        by_block = bits(room) if self.half else room
+        by_block, out = by_block.view(most, block, width), bits(out) if self.half else out
         for at, end, masked in pieces:
-            by_block = room if end - at == most else room[: end - at]
-            logits = by_block.view(-1, width)
-            torch.mm(keys[at:end].view(-1, len(columns)), columns, out=logits)
-            if self.modifiers.slopes is not None or masked:
+            whole = end - at == most
+            logits = room if whole else room[: (end - at) * block]
+            torch.mm(keys[at * block : end * block], columns, out=logits)
+            if masked or self.modifiers.slopes is not None:
                 self._modify_(logits, pair, positions, range(at * block, end * block), masked)
+            logits = by_block if whole else by_block[: end - at]
             maxima = out[at - first : end - first]
             if self.half:
-                block_maxima(by_block, maxima, masked or self.signed)
+                block_maxima(logits, maxima, masked or self.signed)
             else:
-                torch.amax(by_block, dim=1, out=maxima)
+                torch.amax(logits, dim=1, out=maxima)
 
     @staticmethod
     def _any_negative(maxima: Tensor, pieces: list[tuple[int, int, bool]]) -> bool:
@@ -219,7 +223,7 @@ class ChannelScorer(_Scorer):
             return False
         first = pieces[0][0]
         seen = maxima[clear[0][0] - first : clear[-1][1] - first]
-        return int(seen.view(torch.int16).amin()) < 0
+        return int(bits(seen).amin()) < 0
 
     def _modify_(
         self, logits: Tensor, pair: int, positions: tuple[int, int], keys: range, masked: bool

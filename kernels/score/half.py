@@ -85,16 +85,20 @@ def _ratio(room: float, largest: float) -> float:
     return math.copysign(min(abs(room) / max(largest, 1e-30), 2.0**60), room)
 
 
+def bits(x: Tensor) -> Tensor:
+    """The bits of 16-bit numbers, as integers."""
+    return x.view(torch.int16)
+
+
 def block_maxima(logits: Tensor, out: Tensor, signed: bool | None = None) -> None:
-    """Maxima of 16-bit logits [..., L, W] over L, into out [..., W].
+    """Maxima of the bits of logits [..., L, W] over L, into the bits of out [..., W].
 
     As integers the bits of numbers compare many times faster, and alike unless all are negative:
     then the smallest integer is the largest number. With ``signed`` False such a maximum is only
     known to be negative; None looks whether there is one.
     """
-    bits, best = logits.view(torch.int16), out.view(torch.int16)
-    torch.amax(bits, dim=-2, out=best)
+    torch.amax(logits, dim=-2, out=out)
     if signed is None:
-        signed = int(best.amin()) < 0
+        signed = int(out.amin()) < 0
     if signed:
-        best.copy_(torch.where(best < 0, bits.amin(dim=-2), best))
+        out.copy_(torch.where(out < 0, logits.amin(dim=-2), out))
