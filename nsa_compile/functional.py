@@ -263,7 +263,9 @@ def nsa_attention(
     if options.scorer == "channels":
         summary = torch.ops.nsa.channels(q, k, valid, options.channels(dim), options.dense_len)
     else:
-        summary = torch.ops.nsa.compress(k, valid, options.compress_block, options.compress_stride)
+        summary = torch.ops.nsa.compress(
+            k, valid, options.compress_block, options.compress_stride, 0, options.dense_len
+        )
     logits = (_scale(scale, dim), softcap, causal, offset, window)
     sizes = (options.query_tile, options.select_block)
     blocks = torch.ops.nsa.select_blocks(

@@ -83,7 +83,7 @@ class Rewriter:
             summary = call(ops.channels.default, q, k, valid, r, config.dense_len)
         else:
             sizes = (config.compress_block, config.compress_stride)
-            summary = call(ops.compress.default, k, valid, *sizes, _SPARE_ROWS)
+            summary = call(ops.compress.default, k, valid, *sizes, _SPARE_ROWS, config.dense_len)
         alibi = _alibi(site, call)
         logits = (site.scale, site.modifiers.softcap, causal, mask.offset, mask.window)
         blocks = call(

@@ -69,7 +69,8 @@ class ConvertedPath:
         if self.config.scorer == "channels":
             kept = self.config.channels(s.dim)
             return _as_tensor(torch.ops.nsa.channels(q, k, None, kept, s.dense_len))
-        return _as_tensor(torch.ops.nsa.compress(k, None, s.compress_block, s.compress_stride))
+        compression = (s.compress_block, s.compress_stride)
+        return _as_tensor(torch.ops.nsa.compress(k, None, *compression, 0, s.dense_len))
 
     def select(self, q: Tensor, k: Tensor, summary: Tensor) -> Tensor:
         s = self.settings

@@ -65,3 +65,12 @@ def test_differentiating_the_gradient_is_an_error() -> None:
     )
     with pytest.raises(RuntimeError, match="no double backward"):
         grad.sum().backward()
+
+
+def test_a_short_sequence_is_not_pooled():
+    x = torch.randn(1, 2, 40, 8, requires_grad=True)
+    pooled = torch.ops.nsa.compress(x, None, 8, 4, 2, 40)
+    assert pooled.shape == torch.ops.nsa.compress(x, None, 8, 4, 2, 39).shape
+    assert not pooled.any()
+    (dx,) = torch.autograd.grad(pooled.sum(), x)
+    assert not dx.any()
