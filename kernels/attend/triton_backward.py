@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_compile.kernels.attend import triton_gathered
+from nsa_compile.kernels.attend import triton_gathered, triton_transposed
 from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.attend.triton_rows import (
     last_steps,
@@ -378,8 +378,9 @@ def backward(
         _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, dq, delta, site, extra)
         return ordered[0]
 
-    if triton_gathered.serves(q, k, v, site):
-        lists = triton_gathered.query_gradient(
+    special = [m for m in (triton_transposed, triton_gathered) if m.serves(q, k, v, site)]
+    if special:
+        lists = special[0].query_gradient(
             grad_out, q, k, v, lse, delta, dq, block_indices, site, query_gradient
         )
     else:

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_compile.kernels.attend import triton_gathered
+from nsa_compile.kernels.attend import triton_gathered, triton_transposed
 from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.attend.triton_backward import backward
 from nsa_compile.kernels.attend.triton_rows import (
@@ -171,9 +171,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, Hq, Tq, Dv] in q's dtype, token-major, and lse [B, Hq, Tq] in float32."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    if triton_gathered.serves(q, k, v, site):
-        tiled = functools.partial(_tiled, q, k, v)
-        return triton_gathered.forward(q, k, v, block_indices, site, tiled)
+    tiled = functools.partial(_tiled, q, k, v)
+    for kernels in (triton_transposed, triton_gathered):
+        if kernels.serves(q, k, v, site):
+            return kernels.forward(q, k, v, block_indices, site, tiled)
     return _tiled(q, k, v, block_indices, site)
 
 

@@ -133,6 +133,25 @@ def test_gathered_attention(name: str, scratch: int, dtype: torch.dtype) -> None
     triton_cases.gathered(GATHERED[name], dtype, "cuda", scratch)
 
 
+# Token-granular lists of large groups, a program a query.
+TRANSPOSED = {
+    "group 16, 2000 keys": GATHERED["group 16, 2000 keys"],
+    "group 16, padding": GATHERED["group 16, padding"],
+    "group 12, dims 80": _TOKENS._replace(heads=24, dim=80, value_dim=80),
+    "group 16, window and padding": _TOKENS._replace(heads=32, window=130, padded=True),
+    "not causal, dim 64": _TOKENS._replace(heads=32, causal=False, dim=64, value_dim=64),
+    "tile 4": _TOKENS._replace(heads=8, query_tile=4),
+    "block 128": _TOKENS._replace(heads=32, block=128),
+    "negative scale and offset": _TOKENS._replace(heads=32, scale=-0.15, offset=-20),
+}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_attention(name: str, dtype: torch.dtype) -> None:
+    triton_cases.transposed(TRANSPOSED[name], dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", {**CASES, **TERMS, **ATTENDED})
 def test_attention(name: str, dtype: torch.dtype) -> None:

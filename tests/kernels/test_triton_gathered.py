@@ -18,7 +18,6 @@ CASES = {
     "padding": _TOKENS._replace(padded=True, batch=2),
     "window and padding": _TOKENS._replace(window=20, padded=True),
     "not causal, window, block of 24": _TOKENS._replace(causal=False, window=9, block=24),
-    "not causal": _TOKENS._replace(causal=False, q_len=20),
     "negative scale and offset": _TOKENS._replace(scale=-0.4, offset=-9),
     "dims 20 and 40": _TOKENS._replace(dim=20, value_dim=40),
     "one query": _TOKENS._replace(q_len=1, offset=44),

@@ -160,10 +160,23 @@ def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any
 
 def gathered(case: Case, dtype: torch.dtype, device: str = "cpu", scratch: int = 1 << 12) -> None:
     """``attend`` with short lists gathered too; little scratch memory makes many rounds."""
-    from nsa_compile.kernels.attend import triton_gathered
+    from nsa_compile.kernels.attend import triton_gathered, triton_transposed
 
     constants = {"LEAST_QUERIES": 1, "MOST_ROWS": 64, "PIECE_ROWS": 64, "SCRATCH_BYTES": scratch}
-    with replaced(triton_gathered, constants):
+    only = replaced(triton_transposed, {"MOST_ROWS": 0})
+    with only, replaced(triton_gathered, constants):
+        attend(case, dtype, device)
+
+
+def transposed(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """``attend`` by a program a query with the keys on the long side, also for short inputs."""
+    from nsa_compile.kernels.attend import triton_transposed
+
+    constants = {
+        "LEAST_QUERIES": 1, "LEAST_ROWS": 1, "MOST_ROWS": 64, "MOST_BYTES": 4,
+        "BLOCKS": (case.block,),
+    }  # fmt: skip
+    with replaced(triton_transposed, constants):
         attend(case, dtype, device)
 
 
