@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import nsa_compile.kernels.attend.op
+import nsa_compile.kernels.combine.op
 import nsa_compile.kernels.compress.op
 import nsa_compile.kernels.compressed.op
 import nsa_compile.kernels.refine.op

@@ -16,7 +16,6 @@ key's index); both are constants to autograd.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +23,19 @@ import torch
 from torch import Tensor
 
 import nsa_compile.kernels.library  # noqa: F401
+from nsa_compile import merges
+from nsa_compile.checks import (
+    check_gated_terms,
+    check_gates,
+    check_inputs,
+    check_lse,
+    check_mask,
+    check_sizes,
+    check_terms,
+    check_valid,
+    logit_scale,
+    pooled_keys,
+)
 from nsa_compile.passes.config import NSAConfig
 
 __all__ = [
@@ -32,6 +44,7 @@ __all__ = [
     "nsa_attention",
     "select_blocks",
     "selected_attention",
+    "sliding_window_attention",
 ]
 
 
@@ -53,8 +66,8 @@ def compress(x: Tensor, *, block: int, stride: int, valid: Tensor | None = None)
     """
     if x.ndim != 4:
         raise ValueError(f"x must be [B, H, T, D], got {list(x.shape)}")
-    _check_sizes(block=block, stride=stride)
-    _check_valid(valid, x.shape[0], x.shape[2], "T")
+    check_sizes(block=block, stride=stride)
+    check_valid(valid, x.shape[0], x.shape[2], "T")
     return torch.ops.nsa.compress(x, valid, block, stride)
 
 
@@ -87,11 +100,11 @@ def compressed_attention(
     Raises:
         ValueError: a wrong shape, dtype or size.
     """
-    _check_inputs(q, k_cmp, v_cmp, None, ("k_cmp", "v_cmp", "Nc"))
-    _check_sizes(block=block, stride=stride)
-    _check_terms(q, k_cmp, ranges, None, None, None, None, 0.0)
+    check_inputs(q, k_cmp, v_cmp, None, ("k_cmp", "v_cmp", "Nc"))
+    check_sizes(block=block, stride=stride)
+    check_terms(q, k_cmp, ranges, None, None, None, None, 0.0)
     if valid is not None:
-        _check_valid(valid, q.shape[0], valid.shape[-1], "Tk")
+        check_valid(valid, q.shape[0], valid.shape[-1], "Tk")
         blocks = max(0, (valid.shape[1] - block) // stride + 1)
         if blocks != k_cmp.shape[2]:
             raise ValueError(
@@ -99,7 +112,16 @@ def compressed_attention(
                 f"got k_cmp with {k_cmp.shape[2]}"
             )
     out, lse = torch.ops.nsa.compressed_attention(
-        q, k_cmp, v_cmp, valid, ranges, _scale(scale, q.shape[3]), causal, offset, block, stride
+        q,
+        k_cmp,
+        v_cmp,
+        valid,
+        ranges,
+        logit_scale(scale, q.shape[3]),
+        causal,
+        offset,
+        block,
+        stride,
     )
     return (out, lse) if return_lse else out
 
@@ -151,26 +173,26 @@ def select_blocks(
     Raises:
         ValueError: a wrong shape, dtype or size, or ``num_selected`` cannot hold the forced blocks.
     """
-    _check_inputs(q, k, None, valid)
-    _check_sizes(
+    check_inputs(q, k, None, valid)
+    check_sizes(
         query_tile=query_tile, block=block, num_selected=num_selected, local_window=local_window,
         compress_block=compress_block, compress_stride=compress_stride,
     )  # fmt: skip
-    _check_mask(window, init_blocks)
-    _check_lse(lse, q, scorer)
-    _check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
+    check_mask(window, init_blocks)
+    check_lse(lse, q, scorer)
+    check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     dim = q.shape[3]
     if scorer == "channels":
         channels = max(16, dim // 4) if score_channels is None else score_channels
-        _check_sizes(score_channels=channels)
+        check_sizes(score_channels=channels)
         summary = torch.ops.nsa.channels(q, k, valid, min(channels, dim), 0)
     elif scorer == "mean":
-        summary = _pooled(k, k_cmp, valid, block, compress_block, compress_stride)
+        summary = pooled_keys(k, k_cmp, valid, block, compress_block, compress_stride)
     else:
         raise ValueError(f"scorer must be 'channels' or 'mean', got {scorer!r}")
     blocks = torch.ops.nsa.select_blocks(
         q, k, summary, valid, ranges, query_segments, key_segments, slopes, positions, scorer,
-        _scale(scale, dim), softcap, causal, offset, window, query_tile, block, num_selected,
+        logit_scale(scale, dim), softcap, causal, offset, window, query_tile, block, num_selected,
         init_blocks, local_window, compress_block, compress_stride, 0, lse,
     )  # fmt: skip
     return blocks.unflatten(2, (-(-q.shape[2] // query_tile), num_selected))
@@ -203,10 +225,10 @@ def selected_attention(
     Raises:
         ValueError: a wrong shape, dtype or size.
     """
-    _check_inputs(q, k, v, valid)
-    _check_sizes(block=block, query_tile=query_tile)
-    _check_mask(window, 0)
-    _check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
+    check_inputs(q, k, v, valid)
+    check_sizes(block=block, query_tile=query_tile)
+    check_mask(window, 0)
+    check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     terms = (valid, ranges, query_segments, key_segments, slopes, positions)
     tiles = -(-q.shape[2] // query_tile)
     shape = tuple(block_indices.shape)
@@ -218,190 +240,87 @@ def selected_attention(
     if block_indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"block_indices must be int32 or int64, got {block_indices.dtype}")
     out, lse = torch.ops.nsa.selected_attention(
-        q, k, v, block_indices.to(torch.int32), *terms, _scale(scale, q.shape[3]), softcap, causal,
-        offset, window, query_tile, block, 0,
+        q, k, v, block_indices.to(torch.int32), *terms, logit_scale(scale, q.shape[3]), softcap,
+        causal, offset, window, query_tile, block, 0,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def nsa_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, config: NSAConfig | Mapping[str, Any] | None = None,
-    causal: bool = True, offset: int = 0, window: int | None = None, valid: Tensor | None = None,
-    scale: float | None = None, ranges: Tensor | None = None,
-    query_segments: Tensor | None = None, key_segments: Tensor | None = None,
-    slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """The whole converted attention: score, select, attend; what the backend puts into a graph.
-
-    Up to ``config.dense_len`` keys this is dense attention at the cost of SDPA.
+def sliding_window_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, causal: bool = True, offset: int = 0,
+    scale: float | None = None, valid: Tensor | None = None, return_lse: bool = False,
+    ranges: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Softmax attention over the nearest keys: the window branch of arXiv 2502.11089, section 3.3.
 
     Args:
         q: [B, Hq, Tq, D].
         k: [B, Hkv, Tk, D], the dtype of q.
         v: [B, Hkv, Tk, Dv], the dtype of q.
+        window: W, keys a query sees, its own included: ``0 <= p - j < W``; when not causal
+            ``|p - j| < W``.
+        scale: of the logits; None is ``1 / sqrt(D)``.
+        return_lse: also return the log-sum-exp of the logits.
+
+    Returns:
+        out [B, Hq, Tq, Dv] in q.dtype; with ``return_lse`` also lse float32 [B, Hq, Tq]. A query
+        that sees no key has out 0 and lse -inf. Both are differentiable in q, k and v. Work is
+        linear in Tq.
+
+    Raises:
+        ValueError: a wrong shape, dtype or size.
+    """
+    check_inputs(q, k, v, valid)
+    check_sizes(window=window)
+    check_terms(q, k, ranges, None, None, None, None, 0.0)
+    out, lse = merges.sliding_window(
+        q, k, v, valid, ranges, logit_scale(scale, q.shape[3]), causal, offset, window
+    )
+    return (out, lse) if return_lse else out
+
+
+def nsa_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, gates: Tensor | None = None,
+    config: NSAConfig | Mapping[str, Any] | None = None,
+    causal: bool = True, offset: int = 0, window: int | None = None, valid: Tensor | None = None,
+    scale: float | None = None, ranges: Tensor | None = None,
+    query_segments: Tensor | None = None, key_segments: Tensor | None = None,
+    slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The whole attention: score, select, attend, and with ``merge="gate"`` the paper's branches.
+
+    ``merge="softmax"`` is what the backend puts into a graph: one softmax over the chosen blocks;
+    up to ``config.dense_len`` keys it is dense attention at the cost of SDPA. ``merge="gate"``
+    (arXiv 2502.11089, eq. 5) is ``g_cmp * O_cmp + g_slc * O_slc + g_win * O_win`` over mean-pooled,
+    selected and nearest keys, at every length: trained gates weigh three branches, and dense
+    attention would be another function, so ``dense_len`` has no part in it. Its selection forces
+    the first ``init_blocks`` blocks, the query's own and the one before.
+
+    Args:
+        q: [B, Hq, Tq, D].
+        k: [B, Hkv, Tk, D], the dtype of q.
+        v: [B, Hkv, Tk, Dv], the dtype of q.
+        gates: [B, Hq, Tq, 3], floating, of the compressed, selected and window branch, used as
+            they are: a sigmoid is the caller's. For ``merge="gate"`` alone.
         config: NSAConfig, a mapping of its options, or None for the defaults.
         window: the site's own sliding window; ``config.window`` is what is always read.
         scale: of the logits; None is ``1 / sqrt(D)``.
 
     Returns:
-        [B, Hq, Tq, Dv] in q.dtype, differentiable in q, k and v.
+        [B, Hq, Tq, Dv] in q.dtype, differentiable in q, k, v and gates.
 
     Raises:
-        ValueError: a wrong shape, dtype or size (NSAConfigError for a wrong option).
-        NotImplementedError: ``merge="gate"``, which needs trained gates.
+        ValueError: a wrong shape, dtype or size (NSAConfigError for a wrong option); gates missing
+            or without ``merge="gate"``; with it a window, segments, ALiBi or a cap.
     """
-    _check_inputs(q, k, v, valid)
-    _check_mask(window, 0)
-    _check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
-    terms = (valid, ranges, query_segments, key_segments, slopes, positions)
+    check_inputs(q, k, v, valid)
+    check_mask(window, 0)
+    check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     options = NSAConfig.from_options(config)
-    if options.merge != "softmax":
-        raise NotImplementedError(
-            f"nsa_attention computes merge='softmax'; merge={options.merge!r} needs trained gates"
-        )
-    dim = q.shape[3]
-    if options.scorer == "channels":
-        summary = torch.ops.nsa.channels(q, k, valid, options.channels(dim), options.dense_len)
-    else:
-        summary = torch.ops.nsa.compress(
-            k, valid, options.compress_block, options.compress_stride, 0, options.dense_len
-        )
-    logits = (_scale(scale, dim), softcap, causal, offset, window)
-    sizes = (options.query_tile, options.select_block)
-    blocks = torch.ops.nsa.select_blocks(
-        q, k, summary, *terms, options.scorer, *logits, *sizes, options.proposed_blocks(),
-        options.init_blocks, options.window, options.compress_block, options.compress_stride,
-        options.dense_len,
-    )  # fmt: skip
-    if options.proposed_blocks() > (options.num_selected or 0):
-        blocks = torch.ops.nsa.refine_blocks(
-            q, k, blocks, *terms, *logits, *sizes, options.num_selected, options.init_blocks,
-            options.window, options.dense_len,
-        )  # fmt: skip
-    out, _ = torch.ops.nsa.selected_attention(
-        q, k, v, blocks, *terms, *logits, *sizes, options.dense_len
-    )
-    return out
-
-
-def _scale(scale: float | None, dim: int) -> float:
-    return 1 / math.sqrt(dim) if scale is None else scale
-
-
-def _pooled(
-    k: Tensor, k_cmp: Tensor | None, valid: Tensor | None, block: int, length: int, stride: int
-) -> Tensor:
-    """The compressed keys of scorer "mean", pooled here or given and checked."""
-    if block % stride:
-        raise ValueError(
-            f"block must be a multiple of compress_stride, got block={block} and "
-            f"compress_stride={stride}"
-        )
-    if k_cmp is None:
-        return torch.ops.nsa.compress(k, valid, length, stride)
-    batch, heads, kv_len, dim = k.shape
-    expected = [batch, heads, max(0, (kv_len - length) // stride + 1), dim]
-    if list(k_cmp.shape) != expected or k_cmp.dtype != k.dtype:
-        raise ValueError(
-            f"k_cmp must be [B, Hkv, Nc, D] = {expected} in {k.dtype}, got {list(k_cmp.shape)} in "
-            f"{k_cmp.dtype}"
-        )
-    return k_cmp
-
-
-def _check_lse(lse: Tensor | None, q: Tensor, scorer: str) -> None:
-    if lse is None:
-        return
-    if scorer != "mean":
-        raise ValueError(f"lse is that of scorer 'mean', got scorer {scorer!r}")
-    if lse.dtype != torch.float32 or lse.shape != q.shape[:3]:
-        raise ValueError(
-            f"lse must be float32 [B, Hq, Tq] = {list(q.shape[:3])}, got {lse.dtype} "
-            f"{list(lse.shape)}"
-        )
-
-
-def _check_inputs(
-    q: Tensor, k: Tensor, v: Tensor | None, valid: Tensor | None,
-    names: tuple[str, str, str] = ("k", "v", "Tk"),
-) -> None:  # fmt: skip
-    key, value, length = names
-    named = [("q", q, "[B, Hq, Tq, D]"), (key, k, f"[B, Hkv, {length}, D]")]
-    if v is not None:
-        named.append((value, v, f"[B, Hkv, {length}, Dv]"))
-    for name, tensor, layout in named:
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be {layout}, got {list(tensor.shape)}")
-        if tensor.dtype != q.dtype or not tensor.is_floating_point():
-            raise ValueError(
-                f"q, {key} and {value} must have one floating dtype, got {name} in {tensor.dtype} "
-                f"and q in {q.dtype}"
-            )
-    batch, q_heads, _, dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != dim:
-        raise ValueError(
-            f"{key} must be [B, Hkv, {length}, D] with B={batch} and D={dim} of q, got "
-            f"{list(k.shape)}"
-        )
-    if k.shape[1] == 0 or q_heads % k.shape[1]:
-        raise ValueError(f"Hq must be a multiple of Hkv, got Hq={q_heads} and Hkv={k.shape[1]}")
-    if v is not None and v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"{value} must be [B, Hkv, {length}, Dv] with {list(k.shape[:3])} of {key}, got "
-            f"{list(v.shape)}"
-        )
-    _check_valid(valid, batch, k.shape[2], length)
-
-
-def _check_valid(valid: Tensor | None, batch: int, length: int, name: str) -> None:
-    if valid is None:
-        return
-    if valid.dtype != torch.bool or tuple(valid.shape) != (batch, length):
-        raise ValueError(
-            f"valid must be bool [B, {name}] = [{batch}, {length}], got {valid.dtype} "
-            f"{list(valid.shape)}"
-        )
-
-
-def _check_terms(
-    q: Tensor, k: Tensor, ranges: Tensor | None, query_segments: Tensor | None,
-    key_segments: Tensor | None, slopes: Tensor | None, positions: Tensor | None, softcap: float,
-) -> None:  # fmt: skip
-    """Shapes and dtypes of the optional terms of mask and logits."""
-    if (query_segments is None) != (key_segments is None):
-        raise ValueError("query_segments and key_segments go together, got only one of them")
-    if positions is not None and slopes is None:
-        raise ValueError("positions are those of ALiBi and need slopes, got slopes=None")
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (none) or more, got {softcap!r}")
-    (batch, q_heads, q_len, _), kv_len = q.shape, k.shape[2]
-    integer, real = torch.int32, torch.float32
-    named: tuple[tuple[str, Tensor | None, torch.dtype, str, tuple[int, ...]], ...] = (
-        ("ranges", ranges, integer, "[B or 1, Tq, 2]", (batch, q_len, 2)),
-        ("query_segments", query_segments, integer, "[B or 1, Tq]", (batch, q_len)),
-        ("key_segments", key_segments, integer, "[B or 1, Tk]", (batch, kv_len)),
-        ("slopes", slopes, real, "[Hq]", (q_heads,)),
-        ("positions", positions, real, "[B or 1, Tk]", (batch, kv_len)),
-    )
-    for name, tensor, dtype, layout, shape in named:
-        if tensor is None:
-            continue
-        shapes = (shape,) if name == "slopes" else (shape, (1, *shape[1:]))
-        if tensor.dtype != dtype or tuple(tensor.shape) not in shapes:
-            raise ValueError(
-                f"{name} must be {str(dtype).removeprefix('torch.')} {layout} = {list(shape)}, got "
-                f"{tensor.dtype} {list(tensor.shape)}"
-            )
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def _check_mask(window: int | None, init_blocks: int) -> None:
-    if window is not None:
-        _check_sizes(window=window)
-    if init_blocks:
-        _check_sizes(init_blocks=init_blocks)
+    check_gates(gates, q, options.merge)
+    factor = logit_scale(scale, q.shape[3])
+    if gates is not None:
+        check_gated_terms(window, query_segments, slopes, softcap)
+        return merges.gated(q, k, v, gates, options, valid, ranges, factor, causal, offset)
+    terms = (valid, ranges, query_segments, key_segments, slopes, positions)
+    return merges.one_softmax(q, k, v, options, terms, (factor, softcap, causal, offset, window))

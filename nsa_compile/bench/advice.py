@@ -34,7 +34,8 @@ class BreakEven:
             return f"{name}: dense is faster at every length measured; measure longer sequences"
         if not self.measured:
             return f"{name}: sparse is faster from {self.length:,} tokens on, the shortest measured"
-        return f"{name}: sparse is faster from {self.length:,} tokens on; dense_len={self.length}"
+        faster = f"{name}: sparse is faster from {self.length:,} tokens on"
+        return faster if self.path == "gate" else f"{faster}; dense_len={self.length}"
 
 
 def break_evens(rows: Iterable[Row]) -> list[BreakEven]:

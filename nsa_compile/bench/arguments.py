@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import nsa_compile.bench
-from nsa_compile.bench.settings import PATHS, Settings
+from nsa_compile.bench.settings import CONVERSIONS, PATHS, Settings
 from nsa_compile.passes.config import NSAConfigError
 
 _SIZES = ("query_tile", "num_selected", "window", "dense_len", "score_channels", "candidates")
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", help="query/kv heads, e.g. 32/8,64/4")
     parser.add_argument("--lengths", help="tokens, e.g. 8192,65536")
     parser.add_argument("--dim", type=int, help="D, the head dim")
-    parser.add_argument("--paths", help=f"of {','.join(PATHS)}; default: all")
+    parser.add_argument("--paths", help=f"of {','.join(PATHS)}; default: {','.join(CONVERSIONS)}")
     for name in _SIZES:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=getattr(Settings, name), help=name
@@ -71,7 +71,7 @@ def _settings(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Set
     on_gpu = (given.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
     heads = (given.heads or ("32/8,32/32,64/4" if on_gpu else "8/8")).split(",")
     lengths = given.lengths or ("8192,16384,32768,65536" if on_gpu else "4096,8192,16384")
-    paths = tuple((given.paths or ",".join(PATHS)).split(","))
+    paths = tuple((given.paths or ",".join(CONVERSIONS)).split(","))
     try:
         pairs = tuple((int(q), int(kv)) for q, kv in (pair.split("/") for pair in heads))
         tokens = tuple(sorted(int(length) for length in lengths.split(",")))

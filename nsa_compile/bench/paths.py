@@ -13,9 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nsa_compile.bench.gated import GatedPath
 from nsa_compile.bench.settings import Settings
 
-STAGES = ("summary", "select", "refine", "attend")
+# In the order in which they run; a path has some of them.
+STAGES = (
+    "summary", "compress", "compressed", "select", "refine", "attend", "selected", "window",
+    "combine",
+)  # fmt: skip
 _ABSENT = (None,) * 6  # valid, ranges, two of segments, slopes, positions
 # Fastest first, as measured on one H100: 56 ms cuDNN, 103 ms flash at 65,536 tokens, 32 heads.
 _BACKENDS = (
@@ -63,6 +68,13 @@ class ConvertedPath:
     def sparse(self) -> ConvertedPath:
         """The same at ``dense_len=0``."""
         return ConvertedPath(replace(self.settings, dense_len=0), str(self.config.scorer))
+
+    def is_dense(self, length: int) -> bool:
+        return length <= self.settings.dense_len
+
+    def inputs(self, qkv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What it is called with: q, k and v."""
+        return qkv
 
     def summary(self, q: Tensor, k: Tensor) -> Tensor:
         s = self.settings
@@ -118,17 +130,22 @@ class ConvertedPath:
         return calls
 
 
-def backward_of(forward: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> Callable[[], object]:
-    """The gradient of ``forward`` with respect to q, k and v, to be called again and again."""
-    leaves = [x.detach().requires_grad_() for x in qkv]
+def path_of(settings: Settings, name: str) -> ConvertedPath | GatedPath:
+    """The path of a name of ``PATHS``."""
+    return GatedPath(settings) if name == "gate" else ConvertedPath(settings, name)
+
+
+def backward_of(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """The gradient of ``forward`` with respect to its inputs, to be called again and again."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
     out = forward(*leaves)
     upstream = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
 
-def forward_and_backward(forward: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> None:
+def forward_and_backward(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
     """One training step's worth of ``forward``; nothing of it is kept."""
-    leaves = [x.detach().requires_grad_() for x in qkv]
+    leaves = [x.detach().requires_grad_() for x in inputs]
     out = forward(*leaves)
     torch.autograd.grad(out, leaves, torch.ones_like(out))
 

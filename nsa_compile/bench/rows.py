@@ -12,11 +12,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from nsa_compile.bench.paths import (
-    ConvertedPath,
     backward_of,
     dense,
     fastest_dense,
     forward_and_backward,
+    path_of,
 )
 from nsa_compile.bench.settings import Settings
 from nsa_compile.bench.timing import Timing, measure, peak_bytes, replayed
@@ -114,13 +114,13 @@ def _measure_shape(
     rows = []
     for name in settings.paths:
         step(name)
-        path = ConvertedPath(settings, name)
-        is_dense = length <= settings.dense_len
-        converted = _cost(settings, path, qkv)
-        sparse = _cost(settings, path.sparse(), qkv) if is_dense else converted
+        path = path_of(settings, name)
+        inputs, is_dense = path.inputs(qkv), path.is_dense(length)
+        converted = _cost(settings, path, inputs)
+        sparse = _cost(settings, path.sparse(), inputs) if is_dense else converted
         stages = {
             stage: measure(call, settings.device, settings.budget_ms)
-            for stage, call in path.sparse().stages(*qkv).items()
+            for stage, call in path.sparse().stages(*inputs).items()
         }
         rows.append(
             Row(*heads, length, name, backend, reference, converted, sparse, is_dense, stages)
@@ -128,10 +128,10 @@ def _measure_shape(
     return rows
 
 
-def _cost(settings: Settings, path: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> Cost:
+def _cost(settings: Settings, path: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Cost:
     device, budget = settings.device, settings.budget_ms
-    forward = measure(replayed(functools.partial(path, *qkv), device), device, budget)
+    forward = measure(replayed(functools.partial(path, *inputs), device), device, budget)
     if not settings.backward:
         return Cost(forward)
-    peak = peak_bytes(functools.partial(forward_and_backward, path, qkv), device)
-    return Cost(forward, measure(backward_of(path, qkv), device, budget), peak)
+    peak = peak_bytes(functools.partial(forward_and_backward, path, inputs), device)
+    return Cost(forward, measure(backward_of(path, inputs), device, budget), peak)

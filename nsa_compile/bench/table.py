@@ -18,7 +18,8 @@ def table(settings: Settings, hardware: str, rows: list[Row]) -> Table:
     grid = Table(title=title)
     for name in ("heads", "T", "path"):
         grid.add_column(name)
-    measured = ["dense fwd", "fwd", "ratio", *STAGES, "dense bwd", "bwd", "ratio", "memory"]
+    ran = [name for name in STAGES if any(name in row.stages for row in rows)]
+    measured = ["dense fwd", "fwd", "ratio", *ran, "dense bwd", "bwd", "ratio", "memory"]
     for name in measured:
         grid.add_column(name, justify="right")
     for row in rows:
@@ -28,7 +29,7 @@ def table(settings: Settings, hardware: str, rows: list[Row]) -> Table:
             f"{row.path} (dense)" if row.is_dense else row.path,
             f"{row.dense.forward} {row.dense_backend}", str(row.converted.forward),
             _ratio(row.forward_ratio),
-            *(f"{stages[name].median:.2f}" if name in stages else "" for name in STAGES),
+            *(f"{stages[name].median:.2f}" if name in stages else "" for name in ran),
             str(row.dense.backward or ""), str(row.converted.backward or ""),
             _ratio(row.backward_ratio), _ratio(row.memory_ratio),
         )  # fmt: skip

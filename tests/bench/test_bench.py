@@ -37,6 +37,19 @@ def test_measures_writes_and_shows_again(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.strip() == shown.strip()
 
 
+def test_the_gated_path_in_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = tmp_path / "results.json"
+    assert main([*SMALL, "--paths", "gate", "--json", str(results)]) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads(results.read_text())["rows"]
+    assert [(row["length"], row["is_dense"]) for row in rows] == [(128, False), (256, False)]
+    stages = ["compress", "compressed", "select", "selected", "window", "combine"]
+    assert list(rows[0]["stages"]) == stages
+    assert rows[0]["backward_ratio"] is not None
+    assert "dense_len=" not in shown
+    assert [row.path for row in load(results)[2]] == ["gate", "gate"]
+
+
 def test_reads_back_what_it_wrote(tmp_path: Path):
     settings = Settings("cpu", "float32", 64, ((8, 8),), (1024, 2048))
     rows = [_row(1024, 2.0), _row(2048, 0.5)]

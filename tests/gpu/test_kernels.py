@@ -152,6 +152,12 @@ def test_transposed_attention(name: str, dtype: torch.dtype) -> None:
     triton_cases.transposed(TRANSPOSED[name], dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("name", ["group 7", "dims 80 and 48", "padding", "one query"])
+def test_gated_sum(name: str, dtype: torch.dtype) -> None:
+    triton_cases.combine(CASES[name], dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", {**CASES, **TERMS, **ATTENDED})
 def test_attention(name: str, dtype: torch.dtype) -> None:
@@ -340,3 +346,25 @@ def test_short_modified_attention_is_exact_and_runs_inside_a_cuda_graph(name: st
     for got, again, true in zip(once, captured, expected, strict=True):
         assert torch.equal(got, again)
         assert triton_cases.relative_error(got, true.cpu()) < 1e-2
+
+
+@pytest.mark.parametrize("query_tile", [1, 64])
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_gated_path(group: int, query_tile: int) -> None:
+    """A budget of every block: the choice cannot differ from that of another precision."""
+    from nsa_compile import functional
+
+    config = {"merge": "gate", "query_tile": query_tile, "num_selected": 18, "window": 100}
+    case = Case(heads=2 * group, kv_heads=2, q_len=1111, kv_len=1111, dim=64, value_dim=64)
+    generator = torch.Generator().manual_seed(5)
+    gates = torch.rand(1, case.heads, case.q_len, 3, generator=generator).bfloat16()
+    upstream = torch.randn(1, case.heads, case.q_len, 64, generator=generator).bfloat16()
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        q, k, v, g = (
+            x.to(device, dtype).requires_grad_() for x in (*inputs(case, torch.bfloat16)[:3], gates)
+        )
+        out = functional.nsa_attention(q, k, v, gates=g, config=config)
+        results.append((out, *torch.autograd.grad(out, (q, k, v, g), upstream.to(device, dtype))))
+    for name, got, true in zip(("out", "dq", "dk", "dv", "dgates"), *results, strict=True):
+        assert triton_cases.relative_error(got, true.double()) < 1.5e-2, name

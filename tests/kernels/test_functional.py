@@ -182,6 +182,23 @@ WRONG = {
     "block_indices must be int32 or int64, got torch.float32": lambda: (
         functional.selected_attention(q, k, v, blocks.float(), block=16, query_tile=16)
     ),
+    "window must be a positive integer, got -1": lambda: functional.sliding_window_attention(
+        q, k, v, window=-1
+    ),
+    "merge='gate' needs gates [B, Hq, Tq, 3] = [2, 4, 200, 3]": lambda: functional.nsa_attention(
+        q, k, v, config={"merge": "gate"}
+    ),
+    "gates must be floating [B, Hq, Tq, 3] = [2, 4, 200, 3], got torch.float32 [2, 4, 200]": (
+        lambda: functional.nsa_attention(q, k, v, gates=q[..., 0], config={"merge": "gate"})
+    ),
+    "gates belong to merge='gate', got gates with merge='softmax'": lambda: (
+        functional.nsa_attention(q, k, v, gates=q[..., :3])
+    ),
+    "merge='gate' does not take slopes: compressed keys have no position": lambda: (
+        functional.nsa_attention(
+            q, k, v, gates=q[..., :3], config={"merge": "gate"}, slopes=torch.ones(HQ)
+        )
+    ),
     "unknown option 'windw'; did you mean 'window'?": lambda: functional.nsa_attention(
         q, k, v, config={"windw": 3}
     ),
@@ -192,8 +209,3 @@ WRONG = {
 def test_wrong_inputs_are_named(message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         WRONG[message]()
-
-
-def test_gates_are_not_here_yet() -> None:
-    with pytest.raises(NotImplementedError, match="merge='gate' needs trained gates"):
-        functional.nsa_attention(q, k, v, config={"merge": "gate"})

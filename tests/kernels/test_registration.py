@@ -39,7 +39,12 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
     plain_terms = (None, None, *terms[2:])
     plain_pooled = nsa.compressed_attention(*over_pooled, *plain_terms)
     plain_detached = [x.detach() for x in (*over_pooled, *plain_pooled)]
+    gates = torch.rand(*q.shape[:3], 3, requires_grad=requires_grad)
+    branches = [v.repeat_interleave(site.group, 1).detach().clone() for _ in range(3)]
+    combined = (gates, *(x.requires_grad_(requires_grad) for x in branches))
     return {
+        "combine": combined,
+        "combine_backward": tuple(x.detach() for x in (branches[0], *combined)),
         "channels": (q, k, valid, 8, dense_len),
         "compress": (k, valid, *sizes),
         "compress, spare": (k, valid, *sizes, 2),

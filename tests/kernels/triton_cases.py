@@ -353,3 +353,26 @@ def compressed(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides:
         assert relative_error(grad, exact_grad) < most_grad, f"d{name}"
     for once, twice in zip((*results, *grads), again, strict=True):
         assert torch.equal(once, twice), "two runs differ"
+
+
+def combine(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The gated sum and all its gradients; two branches and the gates lie as nobody expects."""
+    from nsa_compile.kernels.combine import triton_kernel
+
+    generator = torch.Generator().manual_seed(4)
+    shape = (case.batch, case.heads, case.q_len, case.value_dim)
+    grad, *branches = (torch.randn(shape, generator=generator).to(dtype) for _ in range(4))
+    branches[0] = branches[0].transpose(1, 2).contiguous().transpose(1, 2)
+    branches[1] = branches[1].transpose(2, 3).contiguous().transpose(2, 3)
+    gates = torch.rand(3, *shape[:3], generator=generator).to(dtype).movedim(0, -1)
+    exact = [x.double().requires_grad_() for x in (gates, *branches)]
+    out = (torch.stack(exact[1:], -1) * exact[0][..., None, :]).sum(-1)
+    expected = torch.autograd.grad(out, exact, grad.double())
+    given = [x.to(device) for x in (gates, *branches)]
+    with poisoned():
+        got = triton_kernel.combine(*given)
+        grads = triton_kernel.combine_backward(grad.to(device), *given)
+    most, most_grad = TOLERANCE[dtype]
+    assert relative_error(got, out) < most
+    for name, x, true in zip(("gates", "cmp", "slc", "win"), grads, expected, strict=True):
+        assert relative_error(x, true) < most_grad, f"d{name}"

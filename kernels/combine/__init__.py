@@ -1,0 +1,1 @@
+"""The gated sum of the three branches, nsa::combine."""

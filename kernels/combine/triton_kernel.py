@@ -1,0 +1,124 @@
+"""Triton kernels of the gated sum: one pass over the branches forward, one backward.
+
+    o_i = sum_c g_ic o^c_i;   do^c_i = g_ic do_i,  dg_ic = do_i . o^c_i
+
+Rows are taken token by token, all heads of a token together, which is how the branches lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_compile.kernels.attend.triton_rows import load_rows, padded_dim, store_rows
+from nsa_compile.kernels.layout import empty_token_major
+from nsa_compile.kernels.triton_site import dense_rows
+
+# Rows of a program times the padded head dim.
+_ELEMENTS = 4096
+
+
+@triton.jit
+def _rows(heads, q_len, total, M: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    token = row // heads
+    return token // q_len, row % heads, token % q_len, row < total
+
+
+@triton.jit
+def _combine(
+    gates, a, b, c, out, heads, q_len, total, g_batch, g_head, g_row, g_branch, a_batch, a_head,
+    a_row, b_batch, b_head, b_row, c_batch, c_head, c_row, o_batch, o_head, o_row, D: tl.constexpr,
+    DP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    batch, head, query, mine = _rows(heads, q_len, total, M)
+    g = gates + batch * g_batch + head * g_head + query * g_row
+    acc = tl.load(g, mask=mine, other=0.0).to(tl.float32)[:, None] * load_rows(
+        a, batch * a_batch + head * a_head + query * a_row, 1, mine, D, DP, True
+    ).to(tl.float32)
+    acc += tl.load(g + g_branch, mask=mine, other=0.0).to(tl.float32)[:, None] * load_rows(
+        b, batch * b_batch + head * b_head + query * b_row, 1, mine, D, DP, True
+    ).to(tl.float32)
+    acc += tl.load(g + 2 * g_branch, mask=mine, other=0.0).to(tl.float32)[:, None] * load_rows(
+        c, batch * c_batch + head * c_head + query * c_row, 1, mine, D, DP, True
+    ).to(tl.float32)
+    store_rows(out, batch * o_batch + head * o_head + query * o_row, 1, mine, acc, D, DP)
+
+
+@triton.jit
+def _branch_gradient(
+    grad, gate, x, dgate, dx, place, mine, g_at, dg_at, D: tl.constexpr, DP: tl.constexpr
+):
+    weight = tl.load(gate + g_at, mask=mine, other=0.0).to(tl.float32)
+    branch = load_rows(x, place[0], 1, mine, D, DP, True).to(tl.float32)
+    total = tl.sum(grad * branch, 1)
+    tl.store(dgate + dg_at, total.to(dgate.dtype.element_ty), mask=mine)
+    store_rows(dx, place[1], 1, mine, grad * weight[:, None], D, DP)
+
+
+@triton.jit
+def _combine_backward(
+    grad, gates, a, b, c, dgates, da, db, dc, heads, q_len, total, o_batch, o_head, o_row, g_batch,
+    g_head, g_row, g_branch, a_batch, a_head, a_row, b_batch, b_head, b_row, c_batch, c_head, c_row,
+    d_batch, d_head, d_row, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    batch, head, query, mine = _rows(heads, q_len, total, M)
+    at = batch * o_batch + head * o_head + query * o_row
+    upstream = load_rows(grad, at, 1, mine, D, DP, True).to(tl.float32)
+    g_at = batch * g_batch + head * g_head + query * g_row
+    dg_at = ((batch * heads + head) * q_len + query) * 3
+    d_at = batch * d_batch + head * d_head + query * d_row
+    a_at = batch * a_batch + head * a_head + query * a_row
+    _branch_gradient(upstream, gates, a, dgates, da, (a_at, d_at), mine, g_at, dg_at, D, DP)
+    b_at = batch * b_batch + head * b_head + query * b_row
+    g_at += g_branch
+    _branch_gradient(upstream, gates, b, dgates, db, (b_at, d_at), mine, g_at, dg_at + 1, D, DP)
+    c_at = batch * c_batch + head * c_head + query * c_row
+    g_at += g_branch
+    _branch_gradient(upstream, gates, c, dgates, dc, (c_at, d_at), mine, g_at, dg_at + 2, D, DP)
+
+
+def combine(
+    gates: torch.Tensor, compressed: torch.Tensor, selected: torch.Tensor, window: torch.Tensor
+) -> torch.Tensor:
+    branches = [dense_rows(x) for x in (compressed, selected, window)]
+    out = empty_token_major(compressed, *compressed.shape)
+    grid, sizes, constants = _launch(out)
+    if out.numel():
+        _combine[grid](
+            gates, *branches, out, *sizes, *gates.stride(),
+            *(stride for x in (*branches, out) for stride in x.stride()[:3]), **constants,
+        )  # fmt: skip
+    return out
+
+
+def combine_backward(
+    grad: torch.Tensor, gates: torch.Tensor, compressed: torch.Tensor, selected: torch.Tensor,
+    window: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad, *branches = (dense_rows(x) for x in (grad, compressed, selected, window))
+    dgates = gates.new_empty(gates.shape)
+    gradients = [empty_token_major(x, *x.shape) for x in branches]
+    grid, sizes, constants = _launch(grad)
+    if grad.numel():
+        _combine_backward[grid](
+            grad, gates, *branches, dgates, *gradients, *sizes, *grad.stride()[:3],
+            *gates.stride(), *(stride for x in branches for stride in x.stride()[:3]),
+            *gradients[0].stride()[:3], **constants,
+        )  # fmt: skip
+    else:
+        dgates.zero_()
+    return dgates, *gradients
+
+
+def _launch(out: torch.Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
+    """Grid, sizes and constants of both kernels."""
+    batch, heads, q_len, dim = out.shape
+    padded = padded_dim(dim)
+    rows = max(1, _ELEMENTS // padded)
+    total = batch * heads * q_len
+    constants = {"D": dim, "DP": padded, "M": rows, "num_warps": 4}
+    return (triton.cdiv(total, rows),), (heads, q_len, total), constants

@@ -1,0 +1,125 @@
+"""The two ways in which chosen blocks become an output, as calls of the operators."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa_compile.passes.config import NSAConfig
+
+Terms = tuple[Tensor | None, ...]
+Logits = tuple[float, float, bool, int, int | None]
+# Queries and keys of a program of the window: one H100, 65,536 tokens, window 512, 32/8 heads:
+# 1.76 ms forward and 6.4 backward; 128 queries 1.92 and 6.9.
+_WINDOW_TILE, _WINDOW_BLOCK = 64, 64
+
+
+class Choice(NamedTuple):
+    """What the choice of blocks depends on beside the config.
+
+    ``local_window`` most recent keys are always read; up to ``dense_len`` keys all are.
+    """
+
+    local_window: int
+    dense_len: int
+    k_cmp: Tensor | None = None
+    lse: Tensor | None = None
+
+
+def one_softmax(
+    q: Tensor, k: Tensor, v: Tensor, options: NSAConfig, terms: Terms, logits: Logits
+) -> Tensor:
+    """``merge="softmax"``: one softmax over the keys of the chosen blocks."""
+    dense_len = options.dense_len or 0
+    blocks = chosen_blocks(q, k, options, terms, logits, Choice(options.window or 0, dense_len))
+    sizes = (options.query_tile, options.select_block)
+    attention = torch.ops.nsa.selected_attention
+    out: Tensor = attention(q, k, v, blocks, *terms, *logits, *sizes, dense_len)[0]
+    return out
+
+
+def gated(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, options: NSAConfig, valid: Tensor | None,
+    ranges: Tensor | None, scale: float, causal: bool, offset: int,
+) -> Tensor:  # fmt: skip
+    """``merge="gate"``: the gated sum of three branches (arXiv 2502.11089, eq. 5)."""
+    ops, mask = torch.ops.nsa, (scale, causal, offset)
+    terms: Terms = (valid, ranges, None, None, None, None)
+    logits: Logits = (scale, 0.0, causal, offset, None)
+    sizes = (options.compress_block, options.compress_stride)
+    k_cmp, v_cmp = (ops.compress(x, valid, *sizes) for x in (k, v))
+    compressed, lse = ops.compressed_attention(q, k_cmp, v_cmp, valid, ranges, *mask, *sizes)
+    blocks = gated_choice(q, k, k_cmp, lse, options, valid, ranges, mask)
+    tiling = (options.query_tile, options.select_block)
+    selected, _ = ops.selected_attention(q, k, v, blocks, *terms, *logits, *tiling, 0)
+    window, _ = sliding_window(q, k, v, valid, ranges, *mask, options.window or 1)
+    out: Tensor = ops.combine(gates, compressed, selected, window)
+    return out
+
+
+def gated_choice(
+    q: Tensor, k: Tensor, k_cmp: Tensor, lse: Tensor, options: NSAConfig, valid: Tensor | None,
+    ranges: Tensor | None, mask: tuple[float, bool, int],
+) -> Tensor:  # fmt: skip
+    """The blocks of the selected branch; ``lse`` is that of the compressed one."""
+    scale, *position = mask
+    # Scores see a compressed block that begins before the query's range, the branch does not.
+    same = options.scorer == "mean" and ranges is None
+    # The query's own block and the whole one before: section 4.1's two local blocks.
+    choice = Choice(options.select_block + 1, 0, k_cmp.detach(), lse.detach() if same else None)
+    terms: Terms = (valid, ranges, None, None, None, None)
+    return chosen_blocks(q, k, options, terms, (scale, 0.0, *position, None), choice)
+
+
+def chosen_blocks(
+    q: Tensor, k: Tensor, options: NSAConfig, terms: Terms, logits: Logits, choice: Choice
+) -> Tensor:
+    """int32 [B, Hkv, NT * n]; where the scorer proposes more than n, exact logits choose."""
+    ops, valid, dim = torch.ops.nsa, terms[0], q.shape[3]
+    compression = (options.compress_block, options.compress_stride)
+    if options.scorer == "channels":
+        summary = ops.channels(q, k, valid, options.channels(dim), choice.dense_len)
+    else:
+        summary = ops.compress(k, valid, *compression) if choice.k_cmp is None else choice.k_cmp
+    sizes = (options.query_tile, options.select_block)
+    forced = (options.init_blocks, choice.local_window)
+    blocks: Tensor = ops.select_blocks(
+        q, k, summary, *terms, options.scorer, *logits, *sizes, options.proposed_blocks(), *forced,
+        *compression, choice.dense_len, choice.lse,
+    )  # fmt: skip
+    if options.proposed_blocks() > (options.num_selected or 0):
+        blocks = ops.refine_blocks(
+            q, k, blocks, *terms, *logits, *sizes, options.num_selected, *forced, choice.dense_len
+        )
+    return blocks
+
+
+def sliding_window(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, ranges: Tensor | None, scale: float,
+    causal: bool, offset: int, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and lse over the keys of a window: the blocks it touches are known from the shapes."""
+    table = _window_table(q, k, causal, offset, window).expand(k.shape[0], k.shape[1], -1, -1)
+    out, lse = torch.ops.nsa.selected_attention(
+        q, k, v, table, valid, ranges, None, None, None, None, scale, 0.0, causal, offset, window,
+        _WINDOW_TILE, _WINDOW_BLOCK, 0,
+    )  # fmt: skip
+    return out, lse
+
+
+def _window_table(q: Tensor, k: Tensor, causal: bool, offset: int, window: int) -> Tensor:
+    """int32 [NT, n]: the blocks of each tile's window; those past the last key are never read."""
+    tile, block, ahead = _WINDOW_TILE, _WINDOW_BLOCK, 0 if causal else window - 1
+    tiles = -(-q.shape[2] // tile)
+    starts = torch.arange(tiles, dtype=torch.int32, device=q.device)[:, None] * tile + offset
+    first = torch.div(starts - (window - 1), block, rounding_mode="floor").clamp(min=0)
+    reach = tile - 1 + ahead + window - 1  # from the first key of the window to the last
+    step = math.gcd(tile, block)
+    width = (reach + (offset - (window - 1)) % step + block - step) // block + 1
+    width = torch.sym_min(width, -(-k.shape[2] // block))
+    table = first + torch.arange(width, dtype=torch.int32, device=q.device)
+    last = torch.div(starts + (tile - 1 + ahead), block, rounding_mode="floor")
+    return torch.where(table <= last, table, -1).to(torch.int32)
