@@ -65,13 +65,13 @@ def gated_choice(
     ranges: Tensor | None, mask: tuple[float, bool, int],
 ) -> Tensor:  # fmt: skip
     """The blocks of the selected branch; ``lse`` is that of the compressed one."""
-    scale, *position = mask
+    scale, causal, offset = mask
     # Scores see a compressed block that begins before the query's range, the branch does not.
     same = options.scorer == "mean" and ranges is None
     # The query's own block and the whole one before: section 4.1's two local blocks.
     choice = Choice(options.select_block + 1, 0, k_cmp.detach(), lse.detach() if same else None)
     terms: Terms = (valid, ranges, None, None, None, None)
-    return chosen_blocks(q, k, options, terms, (scale, 0.0, *position, None), choice)
+    return chosen_blocks(q, k, options, terms, (scale, 0.0, causal, offset, None), choice)
 
 
 def chosen_blocks(
@@ -82,8 +82,10 @@ def chosen_blocks(
     compression = (options.compress_block, options.compress_stride)
     if options.scorer == "channels":
         summary = ops.channels(q, k, valid, options.channels(dim), choice.dense_len)
+    elif choice.k_cmp is None:
+        summary = ops.compress(k, valid, *compression, 0, choice.dense_len)
     else:
-        summary = ops.compress(k, valid, *compression) if choice.k_cmp is None else choice.k_cmp
+        summary = choice.k_cmp
     sizes = (options.query_tile, options.select_block)
     forced = (options.init_blocks, choice.local_window)
     blocks: Tensor = ops.select_blocks(
