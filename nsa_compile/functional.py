@@ -12,6 +12,10 @@ Further terms of the mask, on top of the others: ``ranges`` int32 [B or 1, Tq, 2
 scaled logit s: ``softcap`` makes it ``softcap * tanh(s / softcap)``, then ALiBi adds ``slopes[h] *
 (positions[j] - positions[p])``, slopes float32 [Hq] and positions float32 [B or 1, Tk] (None: the
 key's index); both are constants to autograd.
+
+Sequences of several lengths, one after another in one row: ``cu_seqlens``, integers [S + 1], holds
+their boundaries ``[0, len_0, len_0 + len_1, ...]``, Tk at the end. Tq is Tk then, and a query sees
+keys of its own sequence alone. It stands in the place of ``ranges``.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from nsa_compile.checks import (
     logit_scale,
     pooled_keys,
 )
+from nsa_compile.packed import packed_ranges
 from nsa_compile.passes.config import NSAConfig
 
 __all__ = [
@@ -74,7 +79,7 @@ def compress(x: Tensor, *, block: int, stride: int, valid: Tensor | None = None)
 def compressed_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, block: int, stride: int, causal: bool = True,
     offset: int = 0, scale: float | None = None, valid: Tensor | None = None,
-    ranges: Tensor | None = None, return_lse: bool = False,
+    ranges: Tensor | None = None, cu_seqlens: Tensor | None = None, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over compressed keys (arXiv 2502.11089, eq. 5 with eq. 7's keys and values).
 
@@ -102,6 +107,7 @@ def compressed_attention(
     """
     check_inputs(q, k_cmp, v_cmp, None, ("k_cmp", "v_cmp", "Nc"))
     check_sizes(block=block, stride=stride)
+    ranges = packed_ranges(cu_seqlens, ranges, q.shape[2], q.shape[2], offset)
     check_terms(q, k_cmp, ranges, None, None, None, None, 0.0)
     if valid is not None:
         check_valid(valid, q.shape[0], valid.shape[-1], "Tk")
@@ -134,7 +140,7 @@ def select_blocks(
     compress_stride: int = 16, score_channels: int | None = None, ranges: Tensor | None = None,
     query_segments: Tensor | None = None, key_segments: Tensor | None = None,
     slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
-    lse: Tensor | None = None,
+    lse: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Choose the blocks of keys that each tile of queries reads.
 
@@ -180,6 +186,7 @@ def select_blocks(
     )  # fmt: skip
     check_mask(window, init_blocks)
     check_lse(lse, q, scorer)
+    ranges = packed_ranges(cu_seqlens, ranges, q.shape[2], k.shape[2], offset)
     check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     dim = q.shape[3]
     if scorer == "channels":
@@ -204,6 +211,7 @@ def selected_attention(
     valid: Tensor | None = None, return_lse: bool = False, ranges: Tensor | None = None,
     query_segments: Tensor | None = None, key_segments: Tensor | None = None,
     slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """One softmax over the keys of the selected blocks (arXiv 2502.11089, eq. 11-12).
 
@@ -228,6 +236,7 @@ def selected_attention(
     check_inputs(q, k, v, valid)
     check_sizes(block=block, query_tile=query_tile)
     check_mask(window, 0)
+    ranges = packed_ranges(cu_seqlens, ranges, q.shape[2], k.shape[2], offset)
     check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     terms = (valid, ranges, query_segments, key_segments, slopes, positions)
     tiles = -(-q.shape[2] // query_tile)
@@ -249,7 +258,7 @@ def selected_attention(
 def sliding_window_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int, causal: bool = True, offset: int = 0,
     scale: float | None = None, valid: Tensor | None = None, return_lse: bool = False,
-    ranges: Tensor | None = None,
+    ranges: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax attention over the nearest keys: the window branch of arXiv 2502.11089, section 3.3.
 
@@ -272,6 +281,7 @@ def sliding_window_attention(
     """
     check_inputs(q, k, v, valid)
     check_sizes(window=window)
+    ranges = packed_ranges(cu_seqlens, ranges, q.shape[2], k.shape[2], offset)
     check_terms(q, k, ranges, None, None, None, None, 0.0)
     out, lse = merges.sliding_window(
         q, k, v, valid, ranges, logit_scale(scale, q.shape[3]), causal, offset, window
@@ -286,6 +296,7 @@ def nsa_attention(
     scale: float | None = None, ranges: Tensor | None = None,
     query_segments: Tensor | None = None, key_segments: Tensor | None = None,
     slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The whole attention: score, select, attend, and with ``merge="gate"`` the paper's branches.
 
@@ -315,6 +326,7 @@ def nsa_attention(
     """
     check_inputs(q, k, v, valid)
     check_mask(window, 0)
+    ranges = packed_ranges(cu_seqlens, ranges, q.shape[2], k.shape[2], offset)
     check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     options = NSAConfig.from_options(config)
     check_gates(gates, q, options.merge)
