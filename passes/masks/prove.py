@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -11,10 +10,11 @@ import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
-from nsa_compile.passes.masks import blame, conditions, views
+from nsa_compile.passes.masks import conditions, views
 from nsa_compile.passes.masks.affine import Affine, Var, affine
-from nsa_compile.passes.masks.alibi import Alibi, Case, resolve, split
-from nsa_compile.passes.masks.conditions import CONDITIONS, FALSE, TRUE, Condition, ge
+from nsa_compile.passes.masks.alibi import Alibi, resolve, split
+from nsa_compile.passes.masks.conditions import FALSE, TRUE, Condition, ge
+from nsa_compile.passes.masks.kept import ABSORBS, Kept, kept, ones_of, refusal, unknown
 from nsa_compile.passes.masks.lift import Lifter
 from nsa_compile.passes.masks.logic import all_of, negation
 from nsa_compile.passes.masks.normal_form import classify
@@ -22,26 +22,12 @@ from nsa_compile.passes.masks.sizes import Size
 from nsa_compile.passes.masks.term import Term, of_mask
 from nsa_compile.passes.masks.usable import every_row_sees_a_key, overwritten
 from nsa_compile.passes.masks.values import (
-    Choice,
     Stuck,
-    Unknown,
     Value,
-    Weighted,
-    as_number,
-    by_cases,
-    choose,
-    leaves,
     truth,
 )
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Mask
-
-# An additive mask hides a key when it adds at most this. exp(score - maximum) is then 0 in float32
-# unless the scores of one row span more than 9,000, so dropping the key changes nothing. finfo.min,
-# -inf, -1e9 and the -1e4 of older models all count; a smaller penalty is a bias, not a mask.
-MASKED = -1e4
-# Adding this leaves nothing of a score: a row that is hidden whole holds equal numbers.
-ABSORBS = -1e30
 
 # Refusals of what may be a proof once an input is known to hold 0 and 1, and how many are tried.
 _MAY_BE_PADDING = (Reason.MASK_NOT_UNDERSTOOD, Reason.MASK_FROM_OUTSIDE)
@@ -166,20 +152,20 @@ class Prover:
         dtype: torch.dtype,
     ) -> Proof:
         index = self.positions(geometry)
-        kept = [_Kept(ge(index[2] - index[3]) if is_causal else TRUE)]
+        parts = [Kept(ge(index[2] - index[3]) if is_causal else TRUE)]
         for term in terms:
             lifted = self._term(geometry, term, index)
             if isinstance(lifted, Refusal):
                 return Proof(lifted)
-            kept.append(lifted)
-        keep = all_of([each.condition for each in kept])
+            parts.append(lifted)
+        keep = all_of([each.condition for each in parts])
         mask = terms[0].node if terms else None
-        ones = all_of([each.ones for each in kept])
+        ones = all_of([each.ones for each in parts])
         if all_of([keep, ones]) != keep:
-            return Proof(_refusal(mask, "it multiplies scores by 0 where no term hides them"))
+            return Proof(refusal(mask, "it multiplies scores by 0 where no term hides them"))
         if not self._binary <= {load.node for load in conditions.loads(keep)}:
             # What 0 and 1 decide wholly was no padding: token ids, say, that are compared.
-            return Proof(_refusal(mask, "an input is no padding"))
+            return Proof(refusal(mask, "an input is no padding"))
         found = classify(
             keep,
             mask,
@@ -189,8 +175,8 @@ class Prover:
         )
         if isinstance(found, Refusal) or mask is None:
             return Proof(found)
-        penalty = next((each.penalty for each in kept if each.penalty is not None), None)
-        bias = self._bias(kept[1:], terms, keep, geometry, dtype)
+        penalty = next((each.penalty for each in parts if each.penalty is not None), None)
+        bias = self._bias(parts[1:], terms, keep, geometry, dtype)
         if isinstance(bias, Refusal):
             return Proof(bias)
         padded = found.valid is not None or found.hidden is not None
@@ -203,7 +189,7 @@ class Prover:
 
     def _bias(
         self,
-        kept: Sequence[_Kept],
+        parts: Sequence[Kept],
         terms: Terms,
         keep: Condition,
         geometry: Geometry,
@@ -212,7 +198,7 @@ class Prover:
         """The one bias that the terms add."""
         heads = self.lifter.sizes.affine(geometry.q_heads)
         found: Alibi | None = None
-        for each, term in zip(kept, terms, strict=True):
+        for each, term in zip(parts, terms, strict=True):
             if not each.biases:
                 continue
             bias = resolve(each.biases, keep, term.factor, heads, dtype, self.lifter)
@@ -236,10 +222,10 @@ class Prover:
         """Why a proven mask cannot stand for ``mask`` at ``reader`` all the same."""
         changed = overwritten(found, bias, reader, self.lifter)
         if changed is not None:
-            return _refusal(changed, "it is written to in place before it is used")
+            return refusal(changed, "it is written to in place before it is used")
         if penalty is not None and not every_row_sees_a_key(found, geometry, self.lifter):
             # Softmax over equal finite penalties averages over the keys that they should hide.
-            return _refusal(mask, f"it adds {penalty} to whole rows: they hide nothing")
+            return refusal(mask, f"it adds {penalty} to whole rows: they hide nothing")
         return None
 
     def positions(self, geometry: Geometry) -> views.Index:
@@ -250,47 +236,47 @@ class Prover:
             for name, size in zip("bhij", sizes, strict=True)
         )
 
-    def _term(self, geometry: Geometry, term: Term, index: views.Index) -> _Kept | Refusal:
+    def _term(self, geometry: Geometry, term: Term, index: views.Index) -> Kept | Refusal:
         """Where ``term`` lets a key through."""
         shape = dialect.shape(term.node)
         if shape is None or (len(shape) > 4 and term.at is None):
-            return _refusal(term.node, "it is no tensor of at most 4 dimensions")
+            return refusal(term.node, "it is no tensor of at most 4 dimensions")
         out = (geometry.batch, geometry.q_heads, geometry.q_len, geometry.kv_len)
         try:
             at = views.broadcast(shape, out, index) if term.at is None else term.at
             lifted = self.lifter.read(term.node, at, term.reader)
             if term.kind == "add":
                 mask, biases = split(lifted)
-                found = _kept(mask, term)
+                found = kept(mask, term)
                 return found if isinstance(found, Refusal) else replace(found, biases=biases)
             if term.kind == "times":
-                return _ones(lifted, term)
+                return ones_of(lifted, term)
             condition = truth(lifted)
             if condition is None:
-                return _unknown(lifted, term.node)
+                return unknown(lifted, term.node)
             hidden = self._fill(term, index)
         except Stuck as stuck:
-            return _refusal(term.node, str(stuck))
+            return refusal(term.node, str(stuck))
         if isinstance(hidden, Refusal):
             return hidden
         keep = condition if term.kind == "keep" else negation(condition)
-        return _Kept(keep, hidden.penalty)
+        return Kept(keep, hidden.penalty)
 
-    def _fill(self, term: Term, index: views.Index) -> _Kept | Refusal:
+    def _fill(self, term: Term, index: views.Index) -> Kept | Refusal:
         """What a filled logit is; it must hide its key."""
         value: Value
         if isinstance(term.fill, fx.Node):
             shape = dialect.shape(term.fill)
             if shape:
-                return _refusal(term.fill, "it fills scores with a tensor")
+                return refusal(term.fill, "it fills scores with a tensor")
             value = self.lifter.scalar(term.fill)
             if shape == ():
                 value = self.lifter.read(term.fill, (), term.reader)
         else:
             value = float(term.fill)
-        filled = _kept(value, term)
-        if isinstance(filled, _Kept) and filled.condition != FALSE:
-            return _refusal(term.node, f"it fills scores with {term.fill}, which hides no key")
+        filled = kept(value, term)
+        if isinstance(filled, Kept) and filled.condition != FALSE:
+            return refusal(term.node, f"it fills scores with {term.fill}, which hides no key")
         return filled
 
     def _holder(self, integer: Affine, reader: fx.Node) -> fx.Node | None:
@@ -306,88 +292,6 @@ class Prover:
         return node if node is not None and node < reader else None
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """Where a term lets a key through; ``penalty`` is the finite number that it adds elsewhere.
-
-    ``ones`` says where a factor leaves the logit as it is; ``biases`` what else it adds, and where.
-    """
-
-    condition: Condition
-    penalty: float | None = None
-    ones: Condition = TRUE
-    biases: tuple[Case, ...] = ()
-
-
-def _kept(value: Value, term: Term) -> _Kept | Refusal:
-    """Where ``value`` lets a key through: true, or an additive 0."""
-    if isinstance(value, CONDITIONS):
-        if term.kind == "add":  # true adds 1
-            return _kept(as_number(value), term)
-        return _Kept(value)
-    if isinstance(value, Choice):
-        return _kept_choice(value, term)
-    if isinstance(value, (Unknown, Weighted)):
-        return _unknown(value, term.node)
-    if isinstance(value, Affine):
-        return _kept_integer(value, term)
-    return _kept_constant(value, term)
-
-
-def _unknown(value: Value, mask: fx.Node) -> Refusal:
-    what = "its values are only known at run time"
-    if isinstance(value, (Unknown, Weighted)):
-        return blame.refusal(value.load, what)
-    return _refusal(mask, what)
-
-
-def _kept_choice(value: Choice, term: Term) -> _Kept | Refusal:
-    then, otherwise = _kept(value.then, term), _kept(value.otherwise, term)
-    if isinstance(then, Refusal):
-        return then
-    if isinstance(otherwise, Refusal):
-        return otherwise
-    decided = choose(value.condition, then.condition, otherwise.condition)
-    assert isinstance(decided, CONDITIONS)
-    penalty = otherwise.penalty if then.penalty is None else then.penalty
-    return _Kept(decided, penalty)
-
-
-def _kept_integer(value: Affine, term: Term) -> _Kept | Refusal:
-    if value.constant is not None:
-        return _kept_constant(value.constant, term)
-    cases = by_cases(value)
-    if not isinstance(cases, Affine):
-        return _kept(cases, term)
-    loads = value.loads()
-    if not loads:
-        return _refusal(term.node, f"it adds {value!r} to the scores")
-    what = f"it adds {value!r} to the scores, and that may be more than 0 and 1"
-    return blame.refusal(loads[0], what)
-
-
-def _kept_constant(value: float, term: Term) -> _Kept | Refusal:
-    if value == 0:
-        return _Kept(TRUE)
-    if term.factor is None and value != -math.inf:
-        return _refusal(term.node, f"it adds {value} times a number known at run time")
-    added = value * (1.0 if term.factor is None else term.factor)
-    if added <= MASKED:
-        added = max(added, term.floor)
-        return _Kept(FALSE, None if added == -math.inf else added)
-    return _refusal(term.node, f"it adds {added} to scores, which neither keeps nor hides a key")
-
-
-def _ones(value: Value, term: Term) -> _Kept | Refusal:
-    """Where ``value`` is 1; it must be 0 elsewhere."""
-    value = as_number(value)
-    if any(leaf not in (affine(0), affine(1)) for leaf in leaves(value)):
-        return _refusal(term.node, "it multiplies scores by more than 0 and 1")
-    ones = truth(value)
-    assert ones is not None
-    return _Kept(TRUE, ones=ones)
-
-
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack = list(nodes)
@@ -397,7 +301,3 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
             found.add(each)
             stack.extend(each.all_input_nodes)
     return found
-
-
-def _refusal(node: fx.Node, what: str) -> Refusal:
-    return Refusal(Reason.MASK_NOT_UNDERSTOOD, f"node {dialect.describe(node)}: {what}")
