@@ -12,9 +12,11 @@ from nsa_compile.passes.config import NSAConfig
 
 Terms = tuple[Tensor | None, ...]
 Logits = tuple[float, float, bool, int, int | None]
-# Queries and keys of a program of the window: one H100, 65,536 tokens, window 512, 32/8 heads:
-# 1.76 ms forward and 6.4 backward; 128 queries 1.92 and 6.9.
-_WINDOW_TILE, _WINDOW_BLOCK = 64, 64
+# One H100, 65,536 tokens, window 512, blocks of 64, ms forward + backward by queries of a tile.
+# 64/4 heads: 16 queries 3.5 + 12.2, 32 queries 3.5 + 12.0, 64 queries 3.5 + 12.8; 32/8 heads: 32
+# queries 1.9 + 6.2, 64 queries 2.0 + 6.6, 128 queries 2.2 + 7.2; 32/32 heads: 32 queries 3.5 + 8.1,
+# 64 queries 2.3 + 7.0, 128 queries 2.4 + 7.4. Blocks of 128 are slower everywhere.
+_WINDOW_BLOCK = 64
 
 
 class Choice(NamedTuple):
@@ -104,17 +106,21 @@ def sliding_window(
     causal: bool, offset: int, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and lse over the keys of a window: the blocks it touches are known from the shapes."""
-    table = _window_table(q, k, causal, offset, window).expand(k.shape[0], k.shape[1], -1, -1)
+    tile = 32 if q.shape[1] >= 4 * k.shape[1] else 64
+    table = _window_table(q, k, tile, causal, offset, window)
+    table = table.expand(k.shape[0], k.shape[1], -1, -1)
     out, lse = torch.ops.nsa.selected_attention(
         q, k, v, table, valid, ranges, None, None, None, None, scale, 0.0, causal, offset, window,
-        _WINDOW_TILE, _WINDOW_BLOCK, 0,
+        tile, _WINDOW_BLOCK, 0,
     )  # fmt: skip
     return out, lse
 
 
-def _window_table(q: Tensor, k: Tensor, causal: bool, offset: int, window: int) -> Tensor:
+def _window_table(
+    q: Tensor, k: Tensor, tile: int, causal: bool, offset: int, window: int
+) -> Tensor:
     """int32 [NT, n]: the blocks of each tile's window; those past the last key are never read."""
-    tile, block, ahead = _WINDOW_TILE, _WINDOW_BLOCK, 0 if causal else window - 1
+    block, ahead = _WINDOW_BLOCK, 0 if causal else window - 1
     tiles = -(-q.shape[2] // tile)
     starts = torch.arange(tiles, dtype=torch.int32, device=q.device)[:, None] * tile + offset
     first = torch.div(starts - (window - 1), block, rounding_mode="floor").clamp(min=0)

@@ -140,6 +140,9 @@ WINDOWS = {
     **{f"window {w}": Site(batch=1, window=w) for w in (1, 5, 63, 64, 65, 100, 10**6)},
     **{name: site.but(window=37) for name, site in MASKS.items()},
     "T=1": Site(q_len=1, window=9),
+    "G=1": Site(group=1, window=70),
+    **{f"G=4, offset {at}": Site(group=4, window=70, offset=at, batch=1) for at in (0, 33, -40)},
+    "G=4, not causal": Site(group=4, window=33, causal=False, batch=1),
     "T=300": Site(q_len=300, window=130, batch=1),
     "ranges": TERMS["chunks"].but(window=20),
 }
