@@ -2,8 +2,8 @@
 
 A block's rank key is the bit pattern of its score, which orders like the score because scores are
 not negative; 0 is a block the tile does not see, the largest integer a forced one. The n-th largest
-key is found by bisection over the 31 bits, ties go to the lower index, and a running count writes
-the picked blocks in ascending order: no sort.
+key is found by bisection, which stops once n keys are told from the rest. Ties go to the lower
+index, and a running count writes the picked blocks in ascending order: no sort.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import triton.language as tl
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.modifiers import Modifiers
+from nsa_compile.kernels.score import triton_block_scores, triton_mean
 from nsa_compile.kernels.score import triton_kernel as channels_scorer
-from nsa_compile.kernels.score import triton_mean as mean_scorer
-from nsa_compile.kernels.select import triton_fused as fused
 from nsa_compile.kernels.select.triton_visible import seen_and_forced
 from nsa_compile.kernels.triton_site import LOG2_E, terms, valid_before
 from nsa_compile.kernels.visibility import Visibility, blocks_of_queries, holds_valid_key
@@ -28,8 +27,8 @@ SCRATCH_BYTES = 256 << 20  # scores alive at a time; more tiles go in several ro
 WIDEST = 16384  # blocks whose rank keys one program holds in registers
 _BEYOND_PADDING = ("RANGED", "SLOPED", "CAPPED")
 
-# Warps by number of blocks. One H100, 1,024 blocks, 32,768 lists, ms: 1 warp 0.31, 2 warps 0.35,
-# 4 warps 0.44; 8,192 lists: 0.13, 0.10, 0.12.
+# Warps by number of blocks. One H100, 1,024 blocks, a list for each of 65,536 tokens and 32 heads,
+# scores and choice, ms: 1 warp 12.0, 2 warps 12.3, 4 warps 13.9.
 WARPS = ((512, 1), (2048, 2), (WIDEST, 8))
 
 
@@ -91,24 +90,49 @@ def _held_keys(held, strip, chunk, lane, CHUNK: tl.constexpr, CHUNKS: tl.constex
 
 
 @triton.jit
-def _nth_largest(held, strip, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The largest threshold in [1, 2^31) that n keys reach, else 1, and how many are above it."""
+def _reach(held, strip, threshold, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """How many keys are at least ``threshold``."""
     lane = tl.arange(0, CHUNK)
-    floor = tl.full([1], 1, tl.int32)
-    ceiling = tl.full([1], 2147483647, tl.int32)
-    for _ in range(0, 31):
-        middle = floor + (ceiling - floor + 1) // 2
-        reach = tl.zeros([1], tl.int32)
-        for chunk in range(0, CHUNKS):
-            held = _held_keys(held, strip, chunk, lane, CHUNK, CHUNKS)
-            reach += tl.sum((held >= middle).to(tl.int32), 0)
-        enough = reach >= n
-        floor = tl.where(enough, middle, floor)
-        ceiling = tl.where(enough, ceiling, tl.maximum(middle - 1, floor))
-    above = tl.zeros([1], tl.int32)
+    reach = threshold * 0
     for chunk in range(0, CHUNKS):
         held = _held_keys(held, strip, chunk, lane, CHUNK, CHUNKS)
-        above += tl.sum((held > floor).to(tl.int32), 0)
+        reach += tl.sum((held >= threshold).to(tl.int32), 0)
+    return reach
+
+
+@triton.jit
+def _largest_score(held, strip, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The largest key of a block that is not forced, at least 1."""
+    lane = tl.arange(0, CHUNK)
+    largest = tl.full([], 1, tl.int32)
+    for chunk in range(0, CHUNKS):
+        held = _held_keys(held, strip, chunk, lane, CHUNK, CHUNKS)
+        largest = tl.maximum(largest, tl.max(tl.where(held == 2147483647, 1, held), 0))
+    return largest
+
+
+@triton.jit
+def _nth_largest(held, strip, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """A threshold in [1, 2^31) that n keys reach, else 1, and how many are above it.
+
+    More than n keys reach it only if those at it tie for the last places.
+    """
+    floor = tl.full([], 1, tl.int32)
+    ceiling = _largest_score(held, strip, CHUNK, CHUNKS)
+    forced = _reach(held, strip, floor * 2147483647, CHUNK, CHUNKS)
+    floor = tl.where(forced >= n, 2147483647, floor)
+    ceiling = tl.where(forced >= n, 2147483647, ceiling)
+    ceiling = tl.where(_reach(held, strip, floor, CHUNK, CHUNKS) <= n, floor, ceiling)
+    # Keys order like logarithms: the places are mostly decided within four octaves of the largest.
+    middle = tl.minimum(tl.maximum(ceiling - (1 << 25), floor + 1), ceiling)
+    while floor < ceiling:
+        reach = _reach(held, strip, middle, CHUNK, CHUNKS)
+        floor = tl.where(reach >= n, middle, floor)
+        ceiling = tl.where(reach == n, middle, tl.where(reach > n, ceiling, middle - 1))
+        middle = floor + (ceiling - floor + 1) // 2
+    above = tl.full([], 0, tl.int32)
+    if floor < 2147483647:
+        above = _reach(held, strip, floor + 1, CHUNK, CHUNKS)
     return floor, above
 
 
@@ -142,13 +166,16 @@ def _pick_blocks(
         tl.debug_barrier()
     threshold, above = _nth_largest(held, strip, n, CHUNK, CHUNKS)
     ties = n - above
+    tied = _reach(held, strip, threshold, CHUNK, CHUNKS) > n
     out = picked + (pair * all_tiles + tile) * n
     written = tl.zeros([1], tl.int32)
     for chunk in range(0, CHUNKS):
         held = _held_keys(held, strip, chunk, lane, CHUNK, CHUNKS)
         equal = (held == threshold).to(tl.int32)
-        turn = tl.cumsum(equal, 0) - equal
-        keep = ((held > threshold) | ((equal > 0) & (turn < ties))).to(tl.int32)
+        keep = (held >= threshold).to(tl.int32)
+        if tied:
+            turn = tl.cumsum(equal, 0) - equal
+            keep = ((held > threshold) | ((equal > 0) & (turn < ties))).to(tl.int32)
         place = written + tl.cumsum(keep, 0) - keep
         tl.store(out + place, chunk * CHUNK + lane, mask=keep > 0)
         ties -= tl.sum(equal, 0)
@@ -188,24 +215,19 @@ def select_blocks(
         compression = (compress_block, compress_stride)
         geometry.overlap_weights(*compression, block)
         mass = _Mass(q, summary, visibility, modifiers, kv_len, site, query_tile, compression, lse)
-        if mass.plain and fused.fits(q.shape[1] // kv_heads, query_tile, num_selected):
-            fused.score_and_pick(
-                q, summary, mass.some, before, mass.log_sums(), picked, kv_len, scale, causal,
-                offset, query_tile, block, init_blocks, local_window, *compression,
-            )  # fmt: skip
-            return picked
-        score, parts = mass.scores(), 1
-        width = summary.shape[2]
+        group, dim = q.shape[1] // kv_heads, q.shape[3]
+        folded = mass.plain and triton_block_scores.fits(group, query_tile, dim)
+        score, parts = mass.block_scores(k, block) if folded else mass.scores(), 1
+        width = blocks if folded else summary.shape[2]
     else:
         score, parts = _channel_scores(
             q, k, summary, visibility, modifiers, site, query_tile, block
         )
-        width = blocks
-    chunk = min(WIDEST, triton.next_power_of_2(max(blocks, 32)))
-    chunks = triton.cdiv(blocks, chunk)
+        width, folded = blocks, True
     step = max(1, SCRATCH_BYTES // (4 * pairs * max(width, 1) * parts))
     for first_tile in range(0, tiles, step):
         here = min(step, tiles - first_tile)
+        chunk, chunks = _chunks(blocks, (first_tile + here) * query_tile + offset, causal, block)
         keys = picked
         if chunks > 1:
             keys = picked.new_empty(pairs * here * chunks * chunk)
@@ -213,13 +235,22 @@ def select_blocks(
             score(first_tile, here), picked if before is None else before, spans,
             spans.stride(0) if ranged and len(spans) > 1 else 0, keys, picked, kv_heads, q_len,
             kv_len, offset, window or 0, blocks, width, first_tile, here, tiles, init_blocks,
-            local_window, num_selected, PARTS=parts, MEAN=mean, CB=compress_block,
+            local_window, num_selected, PARTS=parts, MEAN=not folded, CB=compress_block,
             CD=compress_stride, R=query_tile, L=block, CHUNK=chunk, CHUNKS=chunks,
             N_PAD=triton.next_power_of_2(num_selected), CAUSAL=causal, WINDOWED=window is not None,
             PADDED=valid is not None, RANGED=ranged,
             num_warps=next(w for most, w in WARPS if chunk <= most),
         )  # fmt: skip
     return picked
+
+
+def _chunks(blocks: int, stop: int, causal: bool, block: int) -> tuple[int, int]:
+    """Keys of a chunk and chunks, of the blocks that queries before position ``stop`` may see."""
+    widest = min(WIDEST, triton.next_power_of_2(max(blocks, 32)))
+    seen = min(blocks, max(1, triton.cdiv(stop, block))) if causal else blocks
+    # No less than a quarter, for each width is a kernel of its own.
+    chunk = min(widest, max(32, widest // 4, triton.next_power_of_2(seen)))
+    return chunk, triton.cdiv(seen, chunk)
 
 
 Site = tuple[float, bool, int, "int | None"]
@@ -267,9 +298,21 @@ class _Mass:
             return lse.mul_(LOG2_E).contiguous()
         if self.compressed.shape[2] == 0:
             return self.q.new_full(self.q.shape[:3], torch.inf, dtype=torch.float32)
-        return mean_scorer.row_sums(
+        return triton_mean.row_sums(
             self.q, self.compressed, self.some, *self.mask, *self.compression
         )
+
+    def block_scores(self, k: torch.Tensor, block: int) -> Callable[[int, int], torch.Tensor]:
+        """The scores of the blocks for the tiles from a first one on."""
+        sums, blocks = self.log_sums(), geometry.num_blocks(k.shape[2], block)
+
+        def score(first_tile: int, tiles: int) -> torch.Tensor:
+            return triton_block_scores.block_scores(
+                self.q, self.compressed, self.some, sums, k.shape[1], *self.mask[2:5],
+                self.query_tile, block, *self.compression, blocks, first_tile, tiles,
+            )  # fmt: skip
+
+        return score
 
     def scores(self) -> Callable[[int, int], torch.Tensor]:
         """The mass of the tiles from a first one on."""
@@ -278,7 +321,7 @@ class _Mass:
         sums = self.log_sums()
 
         def score(first_tile: int, tiles: int) -> torch.Tensor:
-            return mean_scorer.compressed_mass(
+            return triton_mean.compressed_mass(
                 self.q, self.compressed, self.some, sums, *self.mask, self.query_tile,
                 *self.compression, first_tile, tiles,
             )  # fmt: skip
