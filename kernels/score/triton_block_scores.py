@@ -5,8 +5,9 @@
 A program owns a few tiles of one kv head: M columns (member of the tile, tile; tile fastest), so
 that the sum over a tile's members stays inside a thread. It goes through the blocks a chunk at a
 time, and within a chunk through the compressed keys at the same place ``delta`` of every block, so
-that a compressed key's share lands in its block's row with no exchange between rows. Probabilities
-of single compressed keys never reach memory.
+that a compressed key's share lands in its block's row. One that reaches into the next block too is
+computed for both, or, where sums over members make a share small beside its logits, handed one row
+down at the end of the chunk. Probabilities of single compressed keys never reach memory.
 """
 
 from __future__ import annotations
@@ -20,34 +21,44 @@ from nsa_compile.kernels.triton_site import LOG2_E, dense_rows
 
 # By whether inputs have sixteen bits, the members of a tile (at least) and the head dim (at most).
 # One H100, 65,536 tokens, heads of 128, bfloat16, 32/16/64, one query a tile, ms. 32/8 heads:
-# 128x64 3.05, in 168 registers 3.17, 64x64 3.70, 128x128 4.6, 8 warps 9.5. 64/4: 128x64 6.48, in
-# 168 registers 6.25, 128x128 7.9, 64x64 8.1, 256x64 10.6. 32/32: 64x64 4.89, 128x64 5.34, 32x64
-# 6.44.
+# 128x64 3.05, in 168 registers 3.17, 64x64 3.70, 128x128 4.6, 8 warps 9.5. 64/4: 128x64 in 168
+# registers with 2 stages 5.13, 3 stages 5.75, 128x128 7.9, 64x64 8.1, 256x64 10.6. 32/32: 64x64
+# 4.89, 128x64 5.34, 32x64 6.44.
 LAUNCHES: dict[tuple[bool, int, int], Launch] = {
     (True, 1, 128): Launch(64, 64, 4, 3),
     (True, 4, 128): Launch(128, 64, 4, 3),
-    (True, 16, 128): Launch(128, 64, 4, 3, registers=168),
+    (True, 16, 128): Launch(128, 64, 4, 2, registers=168),
     (True, 1, 256): Launch(64, 64, 4, 2),
     (False, 1, 256): Launch(32, 32, 4, 1),
 }
+# Least members of a tile for which shares are handed to the next block; ms as above, best launch:
+# 1 member 6.41, computed twice 4.89; 4 members 3.04 and 3.05; 16 members 5.13 and 6.25.
+LEAST_HANDED = 16
 # Most members (heads x queries) of a tile that is scored here.
 MOST_MEMBERS = 64
 
 
 @triton.jit
 def _steps(
-    q_tile, log_sums, y, some, out, start, stop, bound, scale, count, blocks, y_row, own,
+    carry, q_tile, log_sums, y, some, out, start, stop, bound, scale, count, blocks, y_row, own,
     D: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, MEMBERS: tl.constexpr,
     TILES: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, L: tl.constexpr,
-    PADDED: tl.constexpr, MASKED: tl.constexpr,
+    HANDED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The chunks [start, stop): a step is one place of a chunk, the last one stores the chunk."""
-    back: tl.constexpr = (CB - 1) // CD
+    """The chunks [start, stop): a step is one place of a chunk, the last one stores the chunk.
+
+    ``carry`` [TILES] is what the block before hands to the first one; the result, what the last one
+    hands on.
+    """
+    # The first places are those of compressed keys that begin in the block before.
+    back: tl.constexpr = 0 if HANDED else (CB - 1) // CD
     places: tl.constexpr = L // CD + back
     lane = tl.arange(0, NB)
     column = tl.arange(0, DP)
     row_offsets = (lane * (L // CD)).to(tl.int64)[:, None] * y_row + column[None, :]
+    above = tl.broadcast_to(tl.maximum(lane - 1, 0)[:, None], [NB, TILES])
     worth = tl.zeros([NB, TILES], tl.float32)
+    over = tl.zeros([NB, TILES], tl.float32)
     for step in range(start * places, stop * places):
         chunk = step // places
         place = step % places
@@ -66,13 +77,20 @@ def _steps(
         if MASKED:
             p = tl.where(c[:, None] < bound[None, :], p, 0.0)
         share = tl.sum(tl.reshape(p, [NB, MEMBERS, TILES]), 1)
+        share = tl.where(inside[:, None], share, 0.0)
         tokens = tl.minimum(delta * CD + CB, L) - tl.maximum(delta * CD, 0)
-        weight = tl.where(inside, tokens.to(tl.float32) / CD, 0.0)
-        worth += tl.where(inside[:, None], share * weight[:, None], 0.0)
+        worth += share * (tokens.to(tl.float32) / CD)
+        if HANDED:
+            over += share * ((CB - tokens).to(tl.float32) / CD)
         if place == places - 1:
             block = chunk * NB + lane
+            if HANDED:
+                worth += tl.where(lane[:, None] == 0, carry[None, :], tl.gather(over, above, 0))
+                carry = tl.sum(tl.where(lane[:, None] == NB - 1, over, 0.0), 0)
+                over = tl.zeros([NB, TILES], tl.float32)
             tl.store(out + block[:, None], worth, mask=(block < blocks)[:, None] & own[None, :])
             worth = tl.zeros([NB, TILES], tl.float32)
+    return carry
 
 
 @triton.jit
@@ -81,7 +99,7 @@ def _block_scores(
     groups, q_batch, q_head, q_row, y_batch, y_head, y_row, G: tl.constexpr, R: tl.constexpr,
     CB: tl.constexpr, CD: tl.constexpr, L: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     NB: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
+    HANDED: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     group = (groups - 1 - pid % groups).to(tl.int32)  # the longest programs of a pair first
@@ -121,14 +139,17 @@ def _block_scores(
     some_base = some + batch * count
     own = group * TILES + tl.arange(0, TILES)
     out = scores + (pair * tiles + own)[None, :] * blocks
-    _steps(
-        q_tile, log_sum, y_base, some_base, out, 0, full, bound, scale, count, blocks, y_row,
-        own < tiles, D, DP, NB, members, TILES, CB, CD, L, PADDED, False,
+    carry = tl.zeros([TILES], tl.float32)
+    carry = _steps(
+        carry, q_tile, log_sum, y_base, some_base, out, 0, full, bound, scale, count, blocks, y_row,
+        own < tiles, D, DP, NB, members, TILES, CB, CD, L, HANDED, PADDED,
+        False,
     )  # fmt: skip
     if CAUSAL:
         _steps(
-            q_tile, log_sum, y_base, some_base, out, full, chunks, bound, scale, count, blocks,
-            y_row, own < tiles, D, DP, NB, members, TILES, CB, CD, L, PADDED, True,
+            carry, q_tile, log_sum, y_base, some_base, out, full, chunks, bound, scale, count,
+            blocks, y_row, own < tiles, D, DP, NB, members, TILES, CB, CD, L, HANDED, PADDED,
+            True,
         )  # fmt: skip
 
 
@@ -161,14 +182,16 @@ def block_scores(
     launch = launch_for(q.element_size() == 2, members, dim)
     columns = max(16, launch.rows, members)
     groups = triton.cdiv(tiles, columns // members)
+    # Handed on, a share must reach no further than into the next block.
+    handed = members >= LEAST_HANDED and compress_block <= block
     scores = q.new_empty(batch, kv_heads, tiles, blocks, dtype=torch.float32)
     _block_scores[(batch * kv_heads * groups,)](
         q, compressed, q if some is None else some, log_sums, scores, abs(scale) * LOG2_E,
         kv_heads, q_len, offset, blocks, count, first_tile, tiles, groups, *q.stride()[:3],
         *compressed.stride()[:3], G=group, R=query_tile, CB=compress_block, CD=compress_stride,
         L=block, D=dim, DP=max(16, triton.next_power_of_2(dim)), NB=launch.keys, HEADS=heads,
-        QUERIES=queries, TILES=columns // members, CAUSAL=causal, PADDED=some is not None,
-        NEGATIVE=scale < 0, num_warps=launch.warps, num_stages=launch.stages,
-        maxnreg=launch.registers,
+        QUERIES=queries, TILES=columns // members, HANDED=handed, CAUSAL=causal,
+        PADDED=some is not None, NEGATIVE=scale < 0, num_warps=launch.warps,
+        num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return scores

@@ -113,27 +113,25 @@ def _largest_score(held, strip, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _nth_largest(held, strip, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """A threshold in [1, 2^31) that n keys reach, else 1, and how many are above it.
+    """A threshold that n keys reach, else 1, and how many reach it.
 
     More than n keys reach it only if those at it tie for the last places.
     """
     floor = tl.full([], 1, tl.int32)
-    ceiling = _largest_score(held, strip, CHUNK, CHUNKS)
-    forced = _reach(held, strip, floor * 2147483647, CHUNK, CHUNKS)
-    floor = tl.where(forced >= n, 2147483647, floor)
-    ceiling = tl.where(forced >= n, 2147483647, ceiling)
-    ceiling = tl.where(_reach(held, strip, floor, CHUNK, CHUNKS) <= n, floor, ceiling)
+    reached = _reach(held, strip, floor, CHUNK, CHUNKS)
+    ceiling = floor
+    if reached > n:  # above the largest score are the forced blocks alone, which n holds
+        ceiling = _largest_score(held, strip, CHUNK, CHUNKS) + 1
     # Keys order like logarithms: the places are mostly decided within four octaves of the largest.
-    middle = tl.minimum(tl.maximum(ceiling - (1 << 25), floor + 1), ceiling)
+    middle = tl.maximum(ceiling - (1 << 25), floor + 1)
     while floor < ceiling:
         reach = _reach(held, strip, middle, CHUNK, CHUNKS)
-        floor = tl.where(reach >= n, middle, floor)
-        ceiling = tl.where(reach == n, middle, tl.where(reach > n, ceiling, middle - 1))
+        enough = reach >= n
+        floor = tl.where(enough, middle, floor)
+        reached = tl.where(enough, reach, reached)
+        ceiling = tl.where(reach == n, middle, tl.where(enough, ceiling, middle - 1))
         middle = floor + (ceiling - floor + 1) // 2
-    above = tl.full([], 0, tl.int32)
-    if floor < 2147483647:
-        above = _reach(held, strip, floor + 1, CHUNK, CHUNKS)
-    return floor, above
+    return floor, reached
 
 
 @triton.jit
@@ -164,21 +162,22 @@ def _pick_blocks(
             tl.store(strip + chunk * CHUNK + lane, held)
     if CHUNKS > 1:
         tl.debug_barrier()
-    threshold, above = _nth_largest(held, strip, n, CHUNK, CHUNKS)
-    ties = n - above
-    tied = _reach(held, strip, threshold, CHUNK, CHUNKS) > n
+    threshold, reached = _nth_largest(held, strip, n, CHUNK, CHUNKS)
+    ties = n
+    if reached > n:
+        ties = n - _reach(held, strip, threshold + 1, CHUNK, CHUNKS)
     out = picked + (pair * all_tiles + tile) * n
     written = tl.zeros([1], tl.int32)
     for chunk in range(0, CHUNKS):
         held = _held_keys(held, strip, chunk, lane, CHUNK, CHUNKS)
-        equal = (held == threshold).to(tl.int32)
         keep = (held >= threshold).to(tl.int32)
-        if tied:
+        if reached > n:
+            equal = (held == threshold).to(tl.int32)
             turn = tl.cumsum(equal, 0) - equal
             keep = ((held > threshold) | ((equal > 0) & (turn < ties))).to(tl.int32)
+            ties -= tl.sum(equal, 0)
         place = written + tl.cumsum(keep, 0) - keep
-        tl.store(out + place, chunk * CHUNK + lane, mask=keep > 0)
-        ties -= tl.sum(equal, 0)
+        tl.store(out + place, chunk * CHUNK + lane, mask=(keep > 0) & (place < n))
         written += tl.sum(keep, 0)
     slot = tl.arange(0, N_PAD)
     tl.store(out + slot, -1, mask=(slot >= written) & (slot < n))

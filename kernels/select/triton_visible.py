@@ -19,11 +19,13 @@ def seen_and_forced(
     ``block``, ``first`` and ``last`` broadcast against each other.
     """
     low, high, _, _ = key_ranges(first, last, kv_len, window, CAUSAL, WINDOWED)
+    high = tl.where(low < high, high, 0)
+    # Of scalars where it can be: there are many blocks and few bounds.
+    seen = (block >= low // L) & (block < (high + L - 1) // L)
     start = block * L
     stop = tl.minimum(start + L, kv_len)
     seen_from = tl.maximum(start, low)
     seen_to = tl.minimum(stop, high)
-    seen = seen_from < seen_to
     if RANGED:
         # A query sees every valid key of the blocks between its first and its last.
         among = block < 0
@@ -44,5 +46,7 @@ def seen_and_forced(
     else:
         near = first - (local_window - 1) // 2
         far = last + local_window // 2
-    forced = seen & ((block < init_blocks) | ((start <= far) & (stop - 1 >= near)))
+    nearest = tl.where((far >= 0) & (near < kv_len), tl.maximum(near, 0) // L, 2147483647)
+    local = (block >= nearest) & (block <= tl.maximum(far, 0) // L)
+    forced = seen & ((block < init_blocks) | local)
     return seen, forced

@@ -15,6 +15,33 @@ CASES = {
         heads=4, q_len=28, kv_len=32, query_tile=4, count=3, local_window=5
     ),
     "token granular": Case(q_len=20, kv_len=20, query_tile=1, block=8, count=3, local_window=5),
+    "token granular, group of sixteen": Case(
+        heads=16, q_len=12, kv_len=170, offset=158, query_tile=1, count=5, local_window=5, scale=0.8
+    ),
+    "tiles of four, group of seven, padding": Case(
+        heads=7,
+        q_len=30,
+        kv_len=120,
+        offset=90,
+        query_tile=4,
+        count=5,
+        local_window=5,
+        scale=0.8,
+        padded=True,
+        batch=2,
+    ),
+    "group of sixteen, long compressed blocks": Case(
+        heads=16,
+        q_len=6,
+        kv_len=170,
+        offset=164,
+        query_tile=1,
+        block=8,
+        compress_block=14,
+        count=5,
+        local_window=5,
+        scale=0.8,
+    ),
     "padding": Case(
         heads=2, kv_heads=1, q_len=70, kv_len=70, query_tile=32, count=5, padded=True, batch=2
     ),
