@@ -45,6 +45,8 @@ def preview(request: Request, config: NSAConfig) -> tuple[RewriteReport, list[st
 
 
 def _captured(target: Target, request: Request) -> Capture:
+    if target.graphs:
+        return Capture(target.graphs)
     target.model.train(request.train)
     with torch.set_grad_enabled(request.train), _quiet():
         captured = capture(target.model, target.args, target.kwargs, values=target.values)

@@ -1,4 +1,4 @@
-"""A Python file as target: its callable returns a model, or a model and example inputs."""
+"""Python code as target: its callable returns a model, or a model and example inputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from nsa_compile.dynamo_text import describe
+from nsa_compile.targets.inputs import example_inputs
 from nsa_compile.targets.skeleton import build_skeleton
 from nsa_compile.targets.target import (
     Request,
     Target,
     TargetError,
-    own_length,
-    token_ids,
+    ids_for,
 )
 
 DEFAULT_CALLABLE = "build"
@@ -42,18 +42,44 @@ def load_script(path: Path, name: str | None, request: Request) -> Target:
             something else.
     """
     name = DEFAULT_CALLABLE if name is None else name
-    where = f"{path}:{name}"
     with _beside(path):
-        builder = _callable(_import(path), name, path)
-        arguments = _arguments(builder, where, request)
+        return _built(_callable(_import(path), name, path), f"{path}:{name}", path, request)
+
+
+def load_dotted(request: Request) -> Target:
+    """Like :func:`load_script` for ``package.module:callable``, imported as Python imports it.
+
+    The current directory comes first on the path, as under ``python -m``.
+
+    Raises:
+        TargetError: as :func:`load_script` does.
+    """
+    dotted, _, name = request.target.partition(":")
+    name = name or DEFAULT_CALLABLE
+    with _beside(Path("module.py")):
         try:
-            skeleton = build_skeleton(partial(builder, **arguments))
+            module = importlib.import_module(dotted)
         except (Exception, SystemExit) as error:
-            raise TargetError(f"{where} raised {describe(error)}{_line(error, path)}") from error
+            raise TargetError(
+                f"{dotted} cannot be imported: {describe(error)}; expected package.module:callable"
+            ) from error
+        path = Path(getattr(module, "__file__", None) or dotted)
+        return _built(_callable(module, name, Path(dotted)), request.target, path, request)
+
+
+def _built(builder: Callable[..., Any], where: str, path: Path, request: Request) -> Target:
+    """What ``builder`` makes, with its inputs or those of ``--inputs``."""
+    arguments = _arguments(builder, where, request)
+    try:
+        skeleton = build_skeleton(partial(builder, **arguments))
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{where} raised {describe(error)}{_line(error, path)}") from error
     model, inputs = _unpack(skeleton.result, where)
     target = Target(type(model).__name__, model, values=skeleton.values, notes=skeleton.notes)
-    if inputs is None:
-        target.args = (_ids_for(model, where, request),)
+    if request.inputs is not None:
+        target.args, target.kwargs = example_inputs(request)
+    elif inputs is None:
+        target.args = (ids_for(model, where, request),)
     else:
         _refuse_unused_sizes(request, arguments, where)
         target.args, target.kwargs = _call(inputs, where)
@@ -91,10 +117,12 @@ def _import(path: Path) -> ModuleType:
 
 
 def _callable(module: ModuleType, name: str, path: Path) -> Callable[..., Any]:
-    found = getattr(module, name, None)
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
     if callable(found):
         return found  # type: ignore[no-any-return]
-    problem = "is not callable" if hasattr(module, name) else "does not exist"
+    problem = "does not exist" if found is None else "is not callable"
     functions = [
         key
         for key, value in vars(module).items()
@@ -160,17 +188,6 @@ def _call(inputs: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"{where} returned inputs of type {_kind(inputs)}; expected a tensor, a tuple of arguments "
         "or a dict of keyword arguments"
     )
-
-
-def _ids_for(model: nn.Module, where: str, request: Request) -> torch.Tensor:
-    """Token ids for a model that came without inputs, if it looks like a text model."""
-    if not any(isinstance(module, nn.Embedding) for module in model.modules()):
-        raise TargetError(
-            f"{where} returned a model without inputs, and the model has no nn.Embedding that "
-            "would say it takes token ids; return (model, inputs)"
-        )
-    length = request.seq_len or own_length(getattr(model, "config", None))
-    return token_ids(request.batch or 1, length)
 
 
 def _refuse_unused_sizes(request: Request, arguments: dict[str, Any], where: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from nsa_compile.capture import CapturedGraph
 
 DEFAULT_LENGTH = 8192
 
@@ -17,21 +20,33 @@ class TargetError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked to look at; None leaves a size to the target."""
+    """What the user asked to look at; None leaves a choice to the target.
+
+    Attributes:
+        inputs: text of ``--inputs``, see :mod:`nsa_compile.targets.inputs`.
+        attn: attention implementation of a Hugging Face model.
+        hf_config: values that replace those of a Hugging Face configuration.
+        trust: whether a target may be unpickled, which can run any code.
+    """
 
     target: str
     seq_len: int | None = None
     batch: int | None = None
     train: bool = False
+    inputs: str | None = None
+    attn: str | None = None
+    hf_config: Mapping[str, Any] = field(default_factory=dict)
+    trust: bool = False
 
 
 @dataclass
 class Target:
-    """A model and one call of it, all on the meta device.
+    """A model and one call of it, all on the meta device; or graphs that were captured before.
 
     Attributes:
         values: real values of buffers, by the ``id`` of the meta tensor in ``model``.
         notes: what a reader of the report should know about how the model was built.
+        graphs: what an exported program holds; then ``model`` is not called.
     """
 
     name: str
@@ -40,11 +55,23 @@ class Target:
     kwargs: dict[str, Any] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    graphs: list[CapturedGraph] = field(default_factory=list)
 
 
 def token_ids(batch: int, length: int) -> torch.Tensor:
     """Stand-in token ids, int64 [B, T] on the meta device."""
     return torch.zeros(batch, length, dtype=torch.long, device="meta")
+
+
+def ids_for(model: nn.Module, where: str, request: Request) -> torch.Tensor:
+    """Token ids for a model that came without inputs, if it looks like a text model."""
+    if not any(isinstance(module, nn.Embedding) for module in model.modules()):
+        raise TargetError(
+            f"{where} is a model without inputs, and it has no nn.Embedding that would say it "
+            "takes token ids; return (model, inputs), or pass --inputs"
+        )
+    length = request.seq_len or own_length(getattr(model, "config", None))
+    return token_ids(request.batch or 1, length)
 
 
 def own_length(config: Any) -> int:

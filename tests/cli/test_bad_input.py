@@ -95,11 +95,11 @@ FILES = {
 }
 
 ARGUMENTS = {
-    "no target": ((), "the following arguments are required: TARGET"),
+    "no target": ((), "TARGET is missing; expected file.py"),
     "missing target": (("no/such/file.py",), "no/such/file.py: no such file or directory"),
     "missing directory": (("no/such/dir",), "no such file or directory"),
     "not a model": (("pyproject.toml",), "not something that can be looked at"),
-    "callable of a directory": (("tests:build",), "no such file or directory"),
+    "callable of a directory": (("tests:build",), "tests: 'build' does not exist"),
     "unknown flag": ((MODELS, "--fast"), "unrecognized arguments: --fast"),
     "abbreviated flag": ((MODELS, "--seq", "5"), "unrecognized arguments"),
     "zero length": ((MODELS, "--seq-len", "0"), "expected a positive integer, got '0'"),
@@ -121,6 +121,32 @@ ARGUMENTS = {
     "option out of range": ((MODELS, "--option", "dense_len=-1"), "dense_len must be at least 0"),
     "options that do not fit": ((MODELS, "--option", "num_selected=2"), "cannot hold the forced"),
     "scorer nobody knows": ((MODELS, "--option", "scorer=best"), "scorer must be one of channels"),
+    "no such module": (("no.such_module:build",), "no.such_module cannot be imported: ModuleNotF"),
+    "dotted name without module": ((":build",), ":build: no such file or directory; expected"),
+    "missing in a module": (("json:no_such",), "json: 'no_such' does not exist; expected"),
+    "a module that is no package": (("json.x:y",), "json.x cannot be imported: ModuleNotF"),
+    "not a builder": (("json:loads",), "needs arguments that nsa-convert does not have: s"),
+    "empty target": (("",), "TARGET is missing"),
+    "nul in the target": (("a\0b",), "'a\\x00b' cannot be a path: "),
+    "nul in a script": (("a\0b.py:c",), "cannot be a path: "),
+    "endless target": (("x" * 5000,), "cannot be a path: "),
+    "nul in an output": ((MODELS, "--json", "a\0b"), "--json 'a\\x00b' cannot be a path"),
+    "two targets": ((MODELS, MODELS), "unrecognized arguments"),
+    "attention of a script": (
+        (MODELS, "--attn", "sdpa"),
+        "--attn expects a Hugging Face model as TARGET, got a Python file: ",
+    ),
+    "configuration of a script": ((MODELS, "--hf-config", "a=1"), "--hf-config expects a Hugging"),
+    "trust in a script": (
+        (MODELS, "--trust"),
+        "--trust expects an exported program or a pickled GraphModule as TARGET",
+    ),
+    "inputs in words": ((MODELS, "--inputs", "some ids"), "--inputs: expected name=dtype["),
+    "inputs that do not fit": (
+        (MODELS, "--inputs", "x=int64[1,8]"),
+        "failed with these inputs (x=[1, 8])",
+    ),
+    "huge length": ((MODELS, "--seq-len", "9" * 30), "expected a positive integer"),
     "json to a directory": ((MODELS, "--json", "tests"), "--json tests: is a directory"),
     "json into nowhere": ((MODELS, "--json", "no/such/a.json"), "directory no/such does not exist"),
     "markdown into nowhere": ((MODELS, "--markdown", "no/a.md"), "directory no does not exist"),
@@ -198,6 +224,6 @@ def test_an_interrupt_is_not_a_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nsa_compile.cli.preview", interrupt)
+    monkeypatch.setattr("nsa_compile.cli.command.preview", interrupt)
     assert main([str(MODELS)]) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -69,6 +69,78 @@ def test_an_architecture_without_sdpa_is_built_and_that_is_said(
     assert "no SDPA attention for BloomForCausalLM" in outcome.err
 
 
+SMALL = ["hidden_size=64", "num_hidden_layers=1", "num_attention_heads=4", "vocab_size=100"]
+
+
+def changed(*pairs: str) -> list[str]:
+    return [word for pair in pairs for word in ("--hf-config", pair)]
+
+
+def test_a_model_type_with_changes_is_a_target(convert: Runner) -> None:
+    outcome = convert("llama", *changed(*SMALL, "num_key_value_heads=2"))
+    assert outcome.status == 0, outcome.err
+    site = outcome.site()
+    assert (outcome.json["model"], len(outcome.json["sites"])) == ("LlamaForCausalLM", 1)
+    assert (site["q_heads"], site["kv_heads"], site["kv_len"]) == (4, 2, 2048)
+
+
+def test_changes_of_a_configuration_file(convert: Runner, tmp_path: Path) -> None:
+    outcome = convert(write(tmp_path), *changed("num_hidden_layers=3", "dtype=float32"))
+    assert outcome.status == 0, outcome.err
+    assert len(outcome.json["sites"]) == 3
+    assert outcome.site()["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_the_attention_implementation(convert: Runner, tmp_path: Path, attn: str) -> None:
+    outcome = convert(write(tmp_path), "--attn", attn)
+    assert outcome.site()["spelling"] == attn
+    assert outcome.site()["decision"] == "converted"
+
+
+def test_inputs_of_a_configuration(convert: Runner, tmp_path: Path) -> None:
+    outcome = convert(
+        write(tmp_path), "--inputs", "input_ids=int64[2,64], attention_mask=int64[2,64]"
+    )
+    assert outcome.site()["mask"] == "causal & padding"
+
+
+BAD_OPTIONS = {
+    "unknown value": (
+        ["llama", *changed("num_hidden_layer=1")],
+        "--hf-config: this configuration has no 'num_hidden_layer'; did you mean",
+    ),
+    "value of another type": (
+        ["llama", *changed("num_hidden_layers=many")],
+        "with these --hf-config values: StrictDataclassFieldValidationError",
+    ),
+    "into a number": (
+        ["llama", *changed("vocab_size.x=3")],
+        "--hf-config: this configuration has no 'vocab_size.x'",
+    ),
+    "no value": (["llama", "--hf-config", "vocab_size"], "--hf-config expects name=value, got"),
+    "no such attention": (["llama", "--attn", "flash"], "--attn: invalid choice: 'flash'"),
+    "no sdpa": (
+        ["bloom", "--attn", "sdpa", *changed("n_layer=1", "n_head=2", "hidden_size=32")],
+        "--attn sdpa: transformers has no SDPA attention for this model; use --attn eager",
+    ),
+    "no such input": (
+        ["llama", *changed(*SMALL), "--inputs", "ids=int64[1,8]"],
+        "the forward of LlamaForCausalLM failed with these inputs (ids=[1, 8]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options(convert: Runner, case: str) -> None:
+    arguments, message = BAD_OPTIONS[case]
+    outcome = convert(*arguments)
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert outcome.err.startswith("nsa-convert: error: ")
+    assert outcome.err.count("\n") == 1, outcome.err
+
+
 BAD = {
     "not json": ("{", "not a readable JSON file"),
     "not an object": ("[1]", "expected a JSON object with a 'model_type'"),

@@ -144,3 +144,14 @@ def test_the_example_is_converted(convert: Runner) -> None:
     outcome = convert(example)
     assert "4 of 4 attention layers converted" in outcome.out
     assert outcome.site()["flops_sparse"] < outcome.site()["flops_dense"]
+
+
+def test_a_dotted_name_is_imported_as_python_imports_it(
+    convert: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(MODELS.parents[2])
+    outcome = convert("tests.cli.models:by_keyword")
+    assert outcome.status == 0, outcome.err
+    assert len(outcome.verdicts()) == 2
+    assert convert("tests.cli.models", "--seq-len", 40).status == 2
+    assert convert("tests.cli.models:", "--seq-len", 40).site()["kv_len"] == 40

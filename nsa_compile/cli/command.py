@@ -1,0 +1,84 @@
+"""What nsa-convert does with its arguments, and its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from nsa_compile.cli.arguments import parser
+from nsa_compile.cli.values import UsageError, check_writable, pairs, write
+from nsa_compile.passes.config import NSAConfig, NSAConfigError
+from nsa_compile.preview import ForwardError, preview
+from nsa_compile.report import RewriteReport
+from nsa_compile.targets import EXPECTED, Request, TargetError
+
+DONE, KEPT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``nsa-convert``; returns the exit status."""
+    _never_fail_to_print()
+    try:
+        return _run(parser().parse_args(argv))
+    except SystemExit as finished:  # --help and --version
+        return int(finished.code or 0)
+    except (UsageError, NSAConfigError, TargetError, ForwardError) as error:
+        print(f"nsa-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        print("nsa-convert: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = NSAConfig.from_options(pairs("--option", arguments.option))
+    check_writable("--json", arguments.json)
+    check_writable("--markdown", arguments.markdown)
+    report, notes = preview(_request(arguments), config)
+    _print(report)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    write("--json", arguments.json, report.to_json() + "\n")
+    write("--markdown", arguments.markdown, report.to_markdown())
+    strict = arguments.strict or config.strict
+    return KEPT if strict and _incomplete(report) else DONE
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    if not arguments.target:
+        raise UsageError(f"TARGET is missing; expected {EXPECTED}")
+    return Request(
+        arguments.target,
+        arguments.seq_len,
+        arguments.batch,
+        arguments.train,
+        arguments.inputs,
+        arguments.attn,
+        pairs("--hf-config", arguments.hf_config),
+        arguments.trust,
+    )
+
+
+def _print(report: RewriteReport) -> None:
+    """In colour and as wide as it is on a terminal; else as text of a fixed width."""
+    console = Console(highlight=False)
+    console.print(report) if console.is_terminal else print(report, flush=True)
+
+
+def _never_fail_to_print() -> None:
+    """The table draws lines, which a terminal without Unicode shall show as ``?``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _incomplete(report: RewriteReport) -> bool:
+    return bool(report.skipped or report.failures)

@@ -1,0 +1,104 @@
+"""Graphs on disk as target: a .pt2 exported program, and a pickled GraphModule the user trusts."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from nsa_compile.capture import CapturedGraph
+from nsa_compile.dynamo_text import describe
+from nsa_compile.targets.inputs import example_inputs
+from nsa_compile.targets.skeleton import build_skeleton
+from nsa_compile.targets.target import Request, Target, TargetError, ids_for
+
+_NO_PICKLES = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load reads it at every call
+
+
+def load_exported(path: Path, request: Request) -> Target:
+    """The program that ``torch.export.save`` wrote; its sizes are those it was exported with.
+
+    A file may hold pickles (of example inputs, tensor subclasses, custom objects), which can run
+    any code. Without ``--trust`` torch reads only tensors and plain values from it.
+
+    Raises:
+        TargetError: the file is no exported program, or needs ``--trust``.
+    """
+    if not zipfile.is_zipfile(path):
+        raise TargetError(
+            f"{path}: expected an exported program (torch.export.save), got no archive"
+        )
+    try:
+        with _only_plain_values(request.trust):
+            program = torch.export.load(path)
+    except Exception as error:
+        todo = "" if request.trust else "; if it holds pickled objects you trust, pass --trust"
+        raise TargetError(f"{path} cannot be loaded: {_one_line(error)}{todo}") from error
+    target = Target(path.stem, torch.nn.Module())
+    target.graphs = [CapturedGraph(program.graph_module, _known_values(program), "0/0")]
+    return target
+
+
+def load_pickled(path: Path, request: Request) -> Target:
+    """A pickled ``fx.GraphModule``; pickling drops its shapes, so it is captured again.
+
+    Raises:
+        TargetError: the file is not trusted, cannot be read or holds something else.
+    """
+    if not request.trust:
+        raise TargetError(
+            f"{path}: a pickled graph can run any code when it is read; if you trust the file, "
+            "pass --trust"
+        )
+    try:
+        skeleton = build_skeleton(lambda: torch.load(path, map_location="cpu", weights_only=False))
+    except Exception as error:
+        raise TargetError(f"{path} cannot be unpickled: {_one_line(error)}") from error
+    model = skeleton.result
+    if not isinstance(model, fx.GraphModule):
+        raise TargetError(
+            f"{path}: expected a pickled torch.fx.GraphModule, got {type(model).__name__}"
+        )
+    target = Target(path.stem, model, values=skeleton.values, notes=skeleton.notes)
+    if request.inputs is not None:
+        target.args, target.kwargs = example_inputs(request)
+    else:
+        target.args = (ids_for(model, str(path), request),)
+    return target
+
+
+def _known_values(program: Any) -> dict[fx.Node, torch.Tensor]:
+    """Real tensors of the placeholders that are buffers or constants, which a mask may be."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    held = {**program.constants, **program.state_dict}
+    values = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        tensor = held.get(names.get(node.name))
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+            values[node] = tensor.detach()
+    return values
+
+
+@contextmanager
+def _only_plain_values(trust: bool) -> Iterator[None]:
+    before = os.environ.get(_NO_PICKLES)
+    if not trust:
+        os.environ[_NO_PICKLES] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_NO_PICKLES, None)
+        else:
+            os.environ[_NO_PICKLES] = before
+
+
+def _one_line(error: Exception) -> str:
+    return describe(error)[:300]
