@@ -82,6 +82,11 @@ def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--strict", action="store_true", help="exit status 1 when a layer is kept dense"
     )
+    group.add_argument(
+        "--fail-on",
+        metavar="REASON,...",
+        help="exit status 1 when a layer is kept dense for one of these reasons",
+    )
 
 
 def _version() -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from nsa_compile.cli.arguments import parser
-from nsa_compile.cli.values import UsageError, check_writable, pairs, write
+from nsa_compile.cli.values import UsageError, check_writable, pairs, reasons, write
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.preview import ForwardError, preview
 from nsa_compile.report import RewriteReport
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     config = NSAConfig.from_options(pairs("--option", arguments.option))
+    fatal = reasons("--fail-on", arguments.fail_on)
     check_writable("--json", arguments.json)
     check_writable("--markdown", arguments.markdown)
     report, notes = preview(_request(arguments), config)
@@ -49,7 +50,8 @@ def _run(arguments: argparse.Namespace) -> int:
     write("--json", arguments.json, report.to_json() + "\n")
     write("--markdown", arguments.markdown, report.to_markdown())
     strict = arguments.strict or config.strict
-    return KEPT if strict and _incomplete(report) else DONE
+    failed = strict and _incomplete(report)
+    return KEPT if failed or any(site.reason in fatal for site in report.skipped) else DONE
 
 
 def _request(arguments: argparse.Namespace) -> Request:

@@ -108,7 +108,8 @@ def _changed(
         inner, names = content, default
         *outer, last = key.split(".")
         for part in outer:
-            names = names.get(part) if isinstance(names.get(part), dict) else {}
+            below = names.get(part)
+            names = below if isinstance(below, dict) else {}
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise TargetError(f"--hf-config {key}: {part} holds no further values")

@@ -146,6 +146,11 @@ ARGUMENTS = {
         (MODELS, "--inputs", "x=int64[1,8]"),
         "failed with these inputs (x=[1, 8])",
     ),
+    "reason nobody knows": (
+        (MODELS, "--fail-on", "drop"),
+        "--fail-on expects reason codes, got 'drop'; did you mean 'dropout'?",
+    ),
+    "no reason": ((MODELS, "--fail-on", ""), "--fail-on expects reason codes, got ''; known: add"),
     "huge length": ((MODELS, "--seq-len", "9" * 30), "expected a positive integer"),
     "json to a directory": ((MODELS, "--json", "tests"), "--json tests: is a directory"),
     "json into nowhere": ((MODELS, "--json", "no/such/a.json"), "directory no/such does not exist"),

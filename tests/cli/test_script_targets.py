@@ -155,3 +155,12 @@ def test_a_dotted_name_is_imported_as_python_imports_it(
     assert len(outcome.verdicts()) == 2
     assert convert("tests.cli.models", "--seq-len", 40).status == 2
     assert convert("tests.cli.models:", "--seq-len", 40).site()["kv_len"] == 40
+
+
+@pytest.mark.parametrize(
+    ("reasons", "status"), [("dropout", 1), ("excluded, dropout", 1), ("excluded", 0)]
+)
+def test_fail_on_some_reasons_only(convert: Runner, reasons: str, status: int) -> None:
+    outcome = convert(f"{MODELS}:dropout", "--train", "--fail-on", reasons)
+    assert outcome.site()["reason"] == "dropout"
+    assert outcome.status == status
