@@ -26,8 +26,8 @@ from nsa_compile.guards import (
     Unchanged,
 )
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
-from nsa_compile.passes.cost import failed_record, record
 from nsa_compile.passes.pipeline import Conversion, analyse, rewrite
+from nsa_compile.passes.record import failed_record, record
 from nsa_compile.passes.site import SiteRecord
 from nsa_compile.passes.snapshot import Snapshot
 

@@ -16,8 +16,8 @@ import nsa_compile.kernels.library  # noqa: F401  (the rewriter names its operat
 from nsa_compile.capture import Capture, capture
 from nsa_compile.dynamo_text import describe, mixes_devices, needs_data
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.cost import failed_record, record
 from nsa_compile.passes.pipeline import analyse, rewrite
+from nsa_compile.passes.record import failed_record, record
 from nsa_compile.passes.site import SiteRecord
 from nsa_compile.report import RewriteReport
 from nsa_compile.targets import Request, Target, load

@@ -1,4 +1,4 @@
-"""What a site costs, dense and sparse, and the report row that says so.
+"""What a site costs, dense and sparse.
 
 FLOPs count a multiply and an add as two, forward only, for the whole batch. Only the (query, key)
 pairs that the mask's structure lets through are counted: causality halves, a sliding window counts
@@ -10,8 +10,6 @@ would install a guard.
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,60 +18,14 @@ import torch
 from torch import fx
 
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.reasons import Reason, Refusal
-from nsa_compile.passes.site import AttentionSite, Decision, Mask, SiteRecord
+from nsa_compile.passes.site import AttentionSite, Mask
 
 Size = Any  # an int, or a sympy expression in a dynamic graph
 
 
-def record(decision: Decision, compile_id: str) -> SiteRecord:
-    """The report row of one verdict: plain values that keep no graph alive."""
-    site, refusal = decision.site, decision.refusal
-    return SiteRecord(
-        module=site.module,
-        module_class=site.module_class,
-        source=site.source,
-        spelling=site.spelling,
-        decision="converted" if decision.converted else "kept",
-        reason=refusal.code if refusal else None,
-        reason_text=refusal.text if refusal else None,
-        hint=refusal.hint if refusal else None,
-        q_heads=site.q_heads,
-        kv_heads=site.kv_heads,
-        head_dim=site.head_dim,
-        value_dim=site.value_dim,
-        q_len=_text(_size(site.q_len)),
-        kv_len=_text(_size(site.kv_len)),
-        mask="unknown" if isinstance(site.mask, Refusal) else site.mask.describe(),
-        scale=_scale(site.scale),
-        dtype=str(site.dtype).removeprefix("torch."),
-        config=_sizes_used(decision) if decision.converted else None,
-        flops_dense=flops_dense(site),
-        flops_sparse=flops_sparse(site, decision.config) if decision.converted else None,
-        batch=_text(_size(site.batch)),
-        ordinal=site.ordinal,
-        compile_id=compile_id,
-        modifiers=site.modifiers.describe(),
-    )
-
-
-def failed_record(row: SiteRecord, detail: str) -> SiteRecord:
-    """``row`` as kept dense by an internal failure."""
-    refusal = Refusal(Reason.INTERNAL_ERROR, detail)
-    return replace(
-        row,
-        decision="kept",
-        reason=refusal.code,
-        reason_text=refusal.text,
-        hint=refusal.hint,
-        config=None,
-        flops_sparse=None,
-    )
-
-
 def flops_dense(site: AttentionSite) -> int | str:
     """FLOPs of softmax(q k^T) v over the pairs that the mask lets through."""
-    return _text(_dense(site))
+    return text(_dense(site))
 
 
 def flops_sparse(site: AttentionSite, config: NSAConfig) -> int | str:
@@ -82,14 +34,16 @@ def flops_sparse(site: AttentionSite, config: NSAConfig) -> int | str:
     Attending is bounded by n blocks of L keys for a query. Under dynamic lengths the text is a
     Python expression in the graph's symbols.
     """
-    dense, keys = _dense(site), _size(site.kv_len)
-    sparse = _scoring(site, config) + _second_look(site, config) + _attending(site, config)
+    dense, keys = _dense(site), size(site.kv_len)
+    again = 2 * site.head_dim * second_look_pairs(site, config)
+    attending = 2 * (site.head_dim + site.value_dim) * attended_pairs(site, config)
+    sparse = _scoring(site, config) + _heads(site) * (again + attending)
     if isinstance(keys, int):
         assert config.dense_len is not None
-        return _text(dense if keys <= config.dense_len else sparse)
+        return text(dense if keys <= config.dense_len else sparse)
     if not config.dense_len:
-        return _text(sparse)
-    return f"{_text(sparse)} if {_text(keys)} > {config.dense_len} else {_text(dense)}"
+        return text(sparse)
+    return f"{text(sparse)} if {text(keys)} > {config.dense_len} else {text(dense)}"
 
 
 @lru_cache(maxsize=256)
@@ -119,30 +73,30 @@ def _ramp(count: Size, limit: Size) -> Size:
 
 
 def _dense(site: AttentionSite) -> Size:
-    return _heads(site) * 2 * (site.head_dim + site.value_dim) * _pairs(site, _own_window(site))
+    return _heads(site) * 2 * (site.head_dim + site.value_dim) * pairs(site)
 
 
 def _scoring(site: AttentionSite, config: NSAConfig) -> Size:
     """Every visible key on r channels, or every compressed block on all of them."""
-    pairs = _pairs(site, _own_window(site))
+    scored = pairs(site)
     if config.scorer == "channels":
-        return _heads(site) * 2 * config.channels(site.head_dim) * pairs
-    return _heads(site) * 2 * site.head_dim * (pairs // config.compress_stride)
+        return _heads(site) * 2 * config.channels(site.head_dim) * scored
+    return _heads(site) * 2 * site.head_dim * (scored // config.compress_stride)
 
 
-def _second_look(site: AttentionSite, config: NSAConfig) -> Size:
-    """Exact logits in the proposed blocks that are not forced; nothing without a second look."""
+def second_look_pairs(site: AttentionSite, config: NSAConfig) -> Size:
+    """Pairs in the proposed blocks that are not forced; none without a second look."""
     proposed = config.proposed_blocks()
     if proposed == config.num_selected:
         return 0
     free = max(proposed - config.forced_blocks(), 0)
-    return _heads(site) * 2 * site.head_dim * _pairs_read(site, free * config.select_block)
+    return _pairs_read(site, free * config.select_block)
 
 
-def _attending(site: AttentionSite, config: NSAConfig) -> Size:
+def attended_pairs(site: AttentionSite, config: NSAConfig) -> Size:
+    """Pairs in the chosen blocks."""
     assert config.num_selected is not None
-    pairs = _pairs_read(site, config.num_selected * config.select_block)
-    return _heads(site) * 2 * (site.head_dim + site.value_dim) * pairs
+    return _pairs_read(site, config.num_selected * config.select_block)
 
 
 def _pairs_read(site: AttentionSite, budget: int) -> Size:
@@ -150,11 +104,16 @@ def _pairs_read(site: AttentionSite, budget: int) -> Size:
     own = _own_window(site)
     if isinstance(site.mask, Mask) and site.mask.causal:
         return _pairs(site, budget if own is None else min(own, budget))
-    return _min(_pairs(site, own), _size(site.q_len) * budget)
+    return _min(_pairs(site, own), size(site.q_len) * budget)
 
 
 def _own_window(site: AttentionSite) -> int | None:
     return site.mask.window if isinstance(site.mask, Mask) else None
+
+
+def pairs(site: AttentionSite) -> Size:
+    """Pairs that the site's own mask lets through."""
+    return _pairs(site, _own_window(site))
 
 
 def _pairs(site: AttentionSite, window: int | None) -> Size:
@@ -162,15 +121,15 @@ def _pairs(site: AttentionSite, window: int | None) -> Size:
     if isinstance(site.mask, Mask):
         causal, offset = site.mask.causal, _offset(site.mask.offset)
         chunk = site.mask.chunk
-    q_len = _size(site.q_len)
-    pairs = visible_pairs(q_len, _size(site.kv_len), causal, offset, window)
+    q_len = size(site.q_len)
+    pairs = visible_pairs(q_len, size(site.kv_len), causal, offset, window)
     if chunk is None:
         return pairs
     return _min(pairs, _half(q_len * (chunk + 1)) if causal else q_len * chunk)
 
 
 def _heads(site: AttentionSite) -> Size:
-    return _size(site.batch) * site.q_heads
+    return size(site.batch) * site.q_heads
 
 
 def _offset(offset: int | fx.Node) -> Size:
@@ -178,15 +137,15 @@ def _offset(offset: int | fx.Node) -> Size:
         return offset
     value = offset.meta.get("example_value")
     if isinstance(value, (int, torch.SymInt)):
-        return _size(value)
+        return size(value)
     return sympy.Symbol(offset.name, integer=True)
 
 
-def _size(size: int | torch.SymInt) -> Size:
+def size(extent: int | torch.SymInt) -> Size:
     """An int, or the sympy expression behind a SymInt (reading it installs no guard)."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
+    if isinstance(extent, int):
+        return extent
+    expression = extent.node.expr
     return int(expression) if expression.is_number else expression
 
 
@@ -204,25 +163,10 @@ def _half(even: Size) -> Size:
     return even // 2 if isinstance(even, int) else even / 2
 
 
-def _text(size: Size) -> int | str:
+def text(count: Size) -> int | str:
     """An int as it is; an expression as Python text over the graph's symbols."""
-    if isinstance(size, int):
-        return size
-    if size.is_Integer:
-        return int(size)
-    return str(size).replace("Min(", "min(").replace("Max(", "max(").replace("floor(", "int(")
-
-
-def _scale(scale: float | fx.Node) -> float | str:
-    """A finite number, or the text of what holds it in a dynamic graph."""
-    if isinstance(scale, fx.Node):
-        return str(scale.name)
-    return float(scale) if math.isfinite(scale) else str(scale)
-
-
-def _sizes_used(decision: Decision) -> dict[str, Any]:
-    sizes = decision.config.sizes()
-    if decision.config.scorer == "channels":
-        sizes["score_channels"] = decision.config.channels(decision.site.head_dim)
-        sizes["candidates"] = decision.config.proposed_blocks()
-    return sizes
+    if isinstance(count, int):
+        return count
+    if count.is_Integer:
+        return int(count)
+    return str(count).replace("Min(", "min(").replace("Max(", "max(").replace("floor(", "int(")

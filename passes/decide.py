@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -17,30 +19,32 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def decide(site: AttentionSite, config: NSAConfig) -> Decision:
-    """Verdict on ``site`` under ``config`` (whose ``per_layer`` fields are applied here)."""
-    layer_config = config.for_layer(site.module)
-    refusal = _legality(site, layer_config) or _policy(site, config, layer_config)
-    return Decision(site, layer_config, refusal)
+    """Verdict on ``site`` under ``config`` (whose ``per_layer`` fields are applied here).
+
+    The first check that refuses decides; what it said, and what passed before it, is kept.
+    """
+    layer = config.for_layer(site.module)
+    outcomes: list[tuple[str, Refusal | None]] = []
+    for name, check in _CHECKS:
+        outcomes.append((name, check(site, layer, config)))
+        if outcomes[-1][1] is not None:
+            break
+    return Decision(site, layer, outcomes[-1][1], tuple(outcomes))
 
 
-def _legality(site: AttentionSite, config: NSAConfig) -> Refusal | None:
-    """Why the operators cannot compute this site, or None."""
-    if isinstance(site.mask, Refusal) and site.mask.reason is Reason.INSIDE_OPERATOR:
-        return site.mask
-    for check in (_shapes, _decode, _mask, _modifiers, _dropout, _dtype, _scale):
-        refusal = check(site)
-        if refusal is not None:
-            return refusal
-    return _sizes(site, config)
+def _enclosed(site: AttentionSite) -> Refusal | None:
+    enclosed = isinstance(site.mask, Refusal) and site.mask.reason is Reason.INSIDE_OPERATOR
+    return site.mask if enclosed and isinstance(site.mask, Refusal) else None
 
 
-def _policy(site: AttentionSite, config: NSAConfig, layer: NSAConfig) -> Refusal | None:
-    """Why the user does not want this site converted, or None."""
-    if not config.selects(site.module):
-        return Refusal(Reason.EXCLUDED, f"{site.module or '(no module path)'}")
-    if layer.merge == "gate":
-        return Refusal(Reason.NEEDS_PREPARE)
-    return _already_local(site, layer)
+def _filters(site: AttentionSite, config: NSAConfig) -> Refusal | None:
+    if config.selects(site.module):
+        return None
+    return Refusal(Reason.EXCLUDED, f"{site.module or '(no module path)'}")
+
+
+def _gates(layer: NSAConfig) -> Refusal | None:
+    return Refusal(Reason.NEEDS_PREPARE) if layer.merge == "gate" else None
 
 
 def _already_local(site: AttentionSite, config: NSAConfig) -> Refusal | None:
@@ -135,3 +139,22 @@ def _sizes(site: AttentionSite, config: NSAConfig) -> Refusal | None:
         f"init_blocks={config.init_blocks} and window={config.window} force up to {forced} blocks "
         f"under mask {site.mask.describe()}, more than num_selected={config.num_selected}",
     )
+
+
+# First whether the operators can compute the site, then whether the user wants it. Each check is
+# given the site, the configuration of its layer and the whole one.
+_CHECKS: tuple[tuple[str, Callable[..., Refusal | None]], ...] = (
+    ("operator body", lambda site, layer, config: _enclosed(site)),
+    ("shapes", lambda site, layer, config: _shapes(site)),
+    ("decode step", lambda site, layer, config: _decode(site)),
+    ("mask", lambda site, layer, config: _mask(site)),
+    ("modifiers", lambda site, layer, config: _modifiers(site)),
+    ("dropout", lambda site, layer, config: _dropout(site)),
+    ("dtype", lambda site, layer, config: _dtype(site)),
+    ("scale", lambda site, layer, config: _scale(site)),
+    ("sizes", lambda site, layer, config: _sizes(site, layer)),
+    ("filters", lambda site, layer, config: _filters(site, config)),
+    ("gates", lambda site, layer, config: _gates(layer)),
+    ("own reach", lambda site, layer, config: _already_local(site, layer)),
+)
+CHECKS = tuple(name for name, _ in _CHECKS)

@@ -160,11 +160,16 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Decision:
-    """Verdict on one site: the config it is converted with, or the refusal that keeps it dense."""
+    """Verdict on one site: the config it is converted with, or the refusal that keeps it dense.
+
+    Attributes:
+        checks: what was asked in order, with the refusal of the last one where it refused.
+    """
 
     site: AttentionSite
     config: NSAConfig
     refusal: Refusal | None = None
+    checks: tuple[tuple[str, Refusal | None], ...] = ()
 
     @property
     def converted(self) -> bool:

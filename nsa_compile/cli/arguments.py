@@ -80,6 +80,18 @@ def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON")
     group.add_argument("--markdown", type=Path, metavar="PATH", help="write it as Markdown")
     group.add_argument(
+        "--explain",
+        metavar="LAYER",
+        help="tell the whole story of one layer (module path or glob) in place of the table",
+    )
+    group.add_argument(
+        "--diff",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE.json", "AFTER.json"),
+        help="without TARGET: what changed between two reports",
+    )
+    group.add_argument(
         "--strict", action="store_true", help="exit status 1 when a layer is kept dense"
     )
     group.add_argument(

@@ -6,7 +6,8 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -15,6 +16,8 @@ from nsa_compile.cli.values import UsageError, check_writable, pairs, reasons, w
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.preview import ForwardError, preview
 from nsa_compile.report import RewriteReport
+from nsa_compile.report.diff import ReportFileError, difference, read_report
+from nsa_compile.report.story import chosen, story
 from nsa_compile.targets import EXPECTED, Request, TargetError
 
 DONE, KEPT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(parser().parse_args(argv))
     except SystemExit as finished:  # --help and --version
         return int(finished.code or 0)
-    except (UsageError, NSAConfigError, TargetError, ForwardError) as error:
+    except (UsageError, ReportFileError, NSAConfigError, TargetError, ForwardError) as error:
         print(f"nsa-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:  # the reader of our output has seen enough
@@ -39,19 +42,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.diff:
+        return _diff(arguments)
     config = NSAConfig.from_options(pairs("--option", arguments.option))
     fatal = reasons("--fail-on", arguments.fail_on)
-    check_writable("--json", arguments.json)
-    check_writable("--markdown", arguments.markdown)
+    for flag, path, _ in _files(arguments):
+        check_writable(flag, path)
     report, notes = preview(_request(arguments), config)
-    _print(report)
+    _print(report) if arguments.explain is None else _explain(report, arguments.explain)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    write("--json", arguments.json, report.to_json() + "\n")
-    write("--markdown", arguments.markdown, report.to_markdown())
-    strict = arguments.strict or config.strict
-    failed = strict and _incomplete(report)
+    for flag, path, face in _files(arguments):
+        if path is not None:
+            write(flag, path, face(report))
+    failed = (arguments.strict or config.strict) and _incomplete(report)
     return KEPT if failed or any(site.reason in fatal for site in report.skipped) else DONE
+
+
+def _files(
+    arguments: argparse.Namespace,
+) -> list[tuple[str, Path | None, Callable[[RewriteReport], str]]]:
+    """What to write where: the option, the user's path and the text."""
+    return [
+        ("--json", arguments.json, lambda report: report.to_json() + "\n"),
+        ("--markdown", arguments.markdown, RewriteReport.to_markdown),
+    ]
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    if arguments.target is not None:
+        raise UsageError(f"--diff expects two reports, no TARGET, got {arguments.target!r}")
+    defaults = vars(parser().parse_args([]))
+    others = [name for name, value in vars(arguments).items() if value != defaults[name]]
+    if len(others) > 1:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others if name != "diff")
+        raise UsageError(f"--diff expects two reports and no other option, got {flags}")
+    before, after = map(read_report, arguments.diff)
+    print(difference(before, after), flush=True)
+    return DONE
+
+
+def _explain(report: RewriteReport, layer: str) -> None:
+    try:
+        sites = chosen(report.sites, layer)
+    except LookupError as error:
+        raise UsageError(f"--explain: {error.args[0]}") from error
+    print("\n\n".join(map(story, sites)), flush=True)
 
 
 def _request(arguments: argparse.Namespace) -> Request:

@@ -23,7 +23,7 @@ import json, resource, sys, time
 began = time.perf_counter()
 from nsa_compile.capture import capture
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.cost import record
+from nsa_compile.passes.record import record
 from nsa_compile.passes.pipeline import convert
 from nsa_compile.targets import Request, load
 import nsa_compile.kernels.library, torch

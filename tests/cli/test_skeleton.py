@@ -8,8 +8,8 @@ from torch import nn
 
 from nsa_compile.capture import capture
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.cost import record
 from nsa_compile.passes.pipeline import convert
+from nsa_compile.passes.record import record
 from nsa_compile.targets import skeleton
 from nsa_compile.targets.skeleton import build_skeleton
 from tests.cli.models import Model, ids

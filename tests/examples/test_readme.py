@@ -19,10 +19,11 @@ from nsa_compile.passes.config import NSAConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REPORT = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def test_the_python_blocks_run_in_order(
@@ -39,12 +40,12 @@ def test_the_python_blocks_run_in_order(
     assert "2 of 2 attention layers converted" in capsys.readouterr().out
 
 
-def test_the_pasted_report_is_what_the_command_prints(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("session", blocks("console") + blocks("console", REPORT))
+def test_the_pasted_outputs_are_what_the_commands_print(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, session: str
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "100")
-    (session,) = blocks("console")
     command, _, expected = session.partition("\n")
     program, *argv = shlex.split(command.removeprefix("$ "))
     assert program == "nsa-convert"

@@ -10,8 +10,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.cost import flops_dense, flops_sparse, record, visible_pairs
+from nsa_compile.passes.cost import flops_dense, flops_sparse, visible_pairs
 from nsa_compile.passes.reasons import Reason, Refusal
+from nsa_compile.passes.record import record
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
 
 
