@@ -122,13 +122,22 @@ def test_converted(name: str) -> None:
     assert [row.decision for row in rows(CONVERTED[name])] == ["converted"]
 
 
-@pytest.mark.parametrize("name", REPORTED)
+# torch 2.11 fails at these two with any backend.
+SINCE_TORCH_2_12 = pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch compiles no scan of a view, nor a region in a cond"
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=SINCE_TORCH_2_12) if n == "scan" else n for n in REPORTED]
+)
 def test_reported(name: str) -> None:
     (row,) = rows(REPORTED[name])
     assert (row.decision, row.reason) == ("kept", "inside_operator")
     assert name.partition(",")[0] in row.reason_text
 
 
+@SINCE_TORCH_2_12
 def test_a_body_with_a_second_use_stays_dense() -> None:
     """One body, called in the graph and inside an operator whose body is not rewritten."""
     region = torch.compiler.nested_compile_region(attend)
