@@ -34,6 +34,7 @@ import nsa_compile  # noqa: E402
 report = nsa_compile.report(fast)
 assert len(report.converted) == 1, report.to_json()
 assert not report.failures
+assert report.to_html().startswith("<!DOCTYPE html>")
 home = Path(nsa_compile.__file__).resolve().parent
 assert "site-packages" in home.parts, f"nsa_compile comes from {home}"
 assert (home / "passes" / "config.py").is_file()

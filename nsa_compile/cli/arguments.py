@@ -79,6 +79,7 @@ def _model(group: argparse._ArgumentGroup) -> None:
 def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON")
     group.add_argument("--markdown", type=Path, metavar="PATH", help="write it as Markdown")
+    group.add_argument("--html", type=Path, metavar="PATH", help="write it as one HTML file")
     group.add_argument(
         "--explain",
         metavar="LAYER",

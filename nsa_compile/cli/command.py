@@ -66,6 +66,7 @@ def _files(
     return [
         ("--json", arguments.json, lambda report: report.to_json() + "\n"),
         ("--markdown", arguments.markdown, RewriteReport.to_markdown),
+        ("--html", arguments.html, RewriteReport.to_html),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nsa_compile.report.costs import METRICS, costs, prediction
 from nsa_compile.report.rows import Row, rows
 from nsa_compile.report.summary import dense_at_this_length, kept_groups, summary
 
@@ -30,6 +31,12 @@ def markdown(report: RewriteReport) -> str:
         lines.append(f"- `{group.reason}` ({group.count}): {group.text}.{hint}")
     if groups:
         lines.append("")
+    rows_of_costs = costs(report.sites)
+    if rows_of_costs:
+        headings = ("tokens", *METRICS.values())
+        lines += [_line(headings), _line(["---"] * len(headings))]
+        lines += [_line(row.texts()) for row in rows_of_costs]
+        lines += ["", prediction(report.sites), ""]
     if report.failures:
         lines += [f"- **failure**: {_one_line(failure)}" for failure in report.failures] + [""]
     return "\n".join(lines)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nsa_compile.passes.site import SiteRecord
+from nsa_compile.report.costs import break_even, costs
+from nsa_compile.report.html import html
 from nsa_compile.report.markdown import markdown
 from nsa_compile.report.merge import compile_ids, merged
 from nsa_compile.report.table import table, table_text
@@ -25,8 +27,8 @@ SCHEMA_VERSION = 1
 class RewriteReport:
     """What nsa_compile did to each attention layer of a model.
 
-    Print it for a table, or use ``to_json`` and ``to_markdown``. The order of ``sites`` is that of
-    the graphs and does not depend on the run.
+    Print it for a table, or use ``to_json``, ``to_markdown`` and ``to_html``. The order of
+    ``sites`` is that of the graphs and does not depend on the run.
 
     Attributes:
         model: class name of the model, or what the caller called it.
@@ -67,6 +69,8 @@ class RewriteReport:
             "torch": torch.__version__,
             "sites": [_site(record) for record in self.sites],
             "failures": list(self.failures),
+            "costs": [dataclasses.asdict(row) for row in costs(self.sites)],
+            "predicted_break_even": break_even(self.sites),
         }
 
     def to_json(self) -> str:
@@ -76,6 +80,10 @@ class RewriteReport:
     def to_markdown(self) -> str:
         """A section for a pull request: summary, table, reasons."""
         return markdown(self)
+
+    def to_html(self) -> str:
+        """One self-contained HTML file: picture of the layers, their stories, cost charts."""
+        return html(self)
 
     def __str__(self) -> str:
         return table_text(self)

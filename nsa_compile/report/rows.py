@@ -68,8 +68,8 @@ def _row(group: list[SiteRecord]) -> Row:
 def _flops(site: SiteRecord) -> str:
     dense, sparse = site.flops_dense, site.flops_sparse
     if sparse is None or sparse == dense or isinstance(dense, str):
-        return _amount(dense)
-    return f"{_amount(dense)} -> {_amount(sparse)}"
+        return amount(dense)
+    return f"{amount(dense)} -> {amount(sparse)}"
 
 
 def _saving(site: SiteRecord) -> str:
@@ -140,7 +140,7 @@ def _length(site: SiteRecord) -> str:
     return length if site.batch == 1 else f"{site.batch} x {length}"
 
 
-def _amount(value: int | str) -> str:
+def amount(value: int | str) -> str:
     """``12.3G``; a formula (it stands in the JSON) is ``symbolic``."""
     if isinstance(value, str):
         return "symbolic"

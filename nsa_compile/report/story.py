@@ -41,7 +41,7 @@ def story(site: SiteRecord) -> str:
 def _lines(site: SiteRecord) -> Iterator[str]:
     evidence = site.extra.get("evidence", {})
     yield f"{label(site)}: {site.decision}"
-    yield from _table("found", _found(site))
+    yield from _table("found", found(site))
     yield from _table("nodes", evidence.get("nodes", {}))
     yield from _table(f"mask: {site.mask}", evidence.get("mask", {}))
     yield ""
@@ -49,10 +49,11 @@ def _lines(site: SiteRecord) -> Iterator[str]:
     for row in evidence.get("checks", []):
         why = f": {row['reason']}: {row['text']}" if "reason" in row else ""
         yield f"  {row['outcome']:<11}  {row['check']}{why}"
-    yield from _table(f"decision: {site.decision}", _decision(site))
+    yield from _table(f"decision: {site.decision}", outcome(site))
 
 
-def _found(site: SiteRecord) -> dict[str, object]:
+def found(site: SiteRecord) -> dict[str, object]:
+    """How the site is written, where it stands and its sizes."""
     place = " at ".join(part for part in (site.module_class, site.source) if part)
     return {
         "written as": site.spelling,
@@ -64,7 +65,8 @@ def _found(site: SiteRecord) -> dict[str, object]:
     }
 
 
-def _decision(site: SiteRecord) -> dict[str, object]:
+def outcome(site: SiteRecord) -> dict[str, object]:
+    """What a converted site becomes, or why it is kept."""
     if site.decision != "converted":
         return {
             "reason": site.reason,

@@ -33,7 +33,9 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_every_module_is_in_the_wheel_where_it_is_imported_from(contents: zipfile.ZipFile) -> None:
     expected = {"nsa_compile/py.typed"}
     for name in FOLDERS:
-        for file in (ROOT / name).rglob("*.py"):
+        for file in (ROOT / name).rglob("*.*"):
+            if file.suffix not in (".py", ".css", ".js"):
+                continue
             path = file.relative_to(ROOT).as_posix()
             expected.add(path if name == "nsa_compile" else f"nsa_compile/{path}")
     held = {name for name in contents.namelist() if ".dist-info/" not in name}

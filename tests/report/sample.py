@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.decide import decide
 from nsa_compile.passes.reasons import Reason, Refusal
-from nsa_compile.passes.site import SiteRecord
+from nsa_compile.passes.record import record
+from nsa_compile.passes.site import AttentionSite, Mask, SiteRecord
 from nsa_compile.report import RewriteReport
 
 
@@ -54,3 +63,30 @@ def sample_report() -> RewriteReport:
     return RewriteReport.merge(
         "LlamaForCausalLM", records, ["graph 2/0 stays dense: KeyError: 'q'"]
     )
+
+
+def sample_with_evidence() -> RewriteReport:
+    """Layers with what a compiler's record has besides: evidence and projected costs."""
+    graph = fx.Graph()
+    q, mask = graph.placeholder("q"), graph.placeholder("mask")
+    out = graph.call_function(torch.nn.functional.scaled_dot_product_attention, (q, q, q, mask))
+    unproven = Refusal(Reason.MASK_NOT_UNDERSTOOD, "node %mask (<b>\"bold\"</b> & 'odd')")
+
+    def row(module: str, **changes: Any) -> SiteRecord:
+        site = AttentionSite(
+            output=out, query=q, key=q, value=q, scale=0.125, dropout=0.0, mask_node=mask,
+            mask=Mask(causal=True, valid=mask), spelling="sdpa", module=module,
+            module_class="Attention<T>", source="model.py:41", ordinal=0, q_heads=32, kv_heads=8,
+            head_dim=128, value_dim=128, batch=1, q_len=32768, kv_len=32768, dtype=torch.bfloat16,
+        )  # fmt: skip
+        return record(decide(replace(site, **changes), NSAConfig()), "0/0")
+
+    records = [
+        row("encoder.layers.0.attn"),
+        row("encoder.layers.1.attn", mask=unproven),
+        row("decoder.layers.0.self_attn", query_steps=(("transpose", (1, 2)),)),
+        row("decoder.layers.0.self_attn", ordinal=1, dropout=0.1),
+        row("decoder.layers.0.cross_attn", kv_len=77),
+        row("", spelling="eager"),
+    ]
+    return RewriteReport.merge("Model<script>alert(1)</script>", records, ["a <failure>"])
