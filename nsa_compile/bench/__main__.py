@@ -12,14 +12,14 @@ from nsa_compile.bench.arguments import parse
 from nsa_compile.bench.document import DocumentError, document, hardware, load
 from nsa_compile.bench.plot import PlotError, plot
 from nsa_compile.bench.rows import run
-from nsa_compile.bench.table import table
+from nsa_compile.bench.table import markdown, table
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=180)
+        console = Console(width=240)
     try:
         if given.load is not None:
             settings, device, rows = load(given.load)
@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(str(found), highlight=False)
         if given.json is not None:
             given.json.write_text(json.dumps(document(settings, rows), indent=1) + "\n")
+        if given.markdown is not None:
+            given.markdown.write_text(markdown(rows))
         if given.plot is not None:
             plot(settings, device, rows, given.plot)
     except (DocumentError, PlotError, OSError) as error:

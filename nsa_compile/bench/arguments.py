@@ -22,6 +22,7 @@ class Arguments:
     settings: Settings
     load: Path | None
     json: Path | None
+    markdown: Path | None
     plot: Path | None
 
 
@@ -29,9 +30,9 @@ def parse(arguments: list[str]) -> Arguments:
     """Settings from the command line; what is not given depends on the device."""
     parser = _parser()
     given = parser.parse_args(arguments)
-    for flag, path in (("--json", given.json), ("--plot", given.plot)):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"{flag} {path}: the directory {path.parent} does not exist")
+    for flag, file in _outputs(given):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"{flag} {file}: the directory {file.parent} does not exist")
     if given.load is not None and given.json is not None:
         parser.error("--json writes a measurement; with --load nothing is measured")
     settings = _settings(parser, given)
@@ -40,7 +41,11 @@ def parse(arguments: list[str]) -> Arguments:
             settings.config(path)
     except NSAConfigError as error:
         parser.error(str(error))
-    return Arguments(settings, given.load, given.json, given.plot)
+    return Arguments(settings, given.load, given.json, given.markdown, given.plot)
+
+
+def _outputs(given: argparse.Namespace) -> list[tuple[str, Path | None]]:
+    return [(f"--{name}", getattr(given, name)) for name in ("json", "markdown", "plot")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--budget-ms", type=float, default=400.0, help="time for each measurement")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers to a file")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write medians and ratios")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="write a plot (.svg, .png, .pdf)")
     parser.add_argument(
         "--load", type=Path, metavar="PATH", help="show a file of --json again; measures nothing"

@@ -7,6 +7,7 @@ from rich.table import Table
 from nsa_compile.bench.paths import STAGES
 from nsa_compile.bench.rows import Row
 from nsa_compile.bench.settings import Settings
+from nsa_compile.bench.timing import Timing
 
 
 def table(settings: Settings, hardware: str, rows: list[Row]) -> Table:
@@ -34,6 +35,42 @@ def table(settings: Settings, hardware: str, rows: list[Row]) -> Table:
             _ratio(row.backward_ratio), _ratio(row.memory_ratio),
         )  # fmt: skip
     return grid
+
+
+def markdown(rows: list[Row]) -> str:
+    """Medians in milliseconds and ratios, without the stages, as a table in Markdown."""
+    names = (
+        "heads",
+        "T",
+        "path",
+        "dense fwd",
+        "fwd",
+        "ratio",
+        "dense bwd",
+        "bwd",
+        "ratio",
+        "memory",
+    )
+    lines = [_line(*names), _line(*["---"] * 3, *["---:"] * (len(names) - 3))]
+    for row in rows:
+        dense, found = row.dense, row.converted
+        lines.append(
+            _line(
+                f"{row.q_heads}/{row.kv_heads}", f"{row.length:,}", row.path,
+                _median(dense.forward), _median(found.forward), _ratio(row.forward_ratio),
+                _median(dense.backward), _median(found.backward), _ratio(row.backward_ratio),
+                _ratio(row.memory_ratio),
+            )
+        )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _median(timing: Timing | None) -> str:
+    return "" if timing is None else f"{timing.median:.2f}"
 
 
 def _ratio(value: float | None) -> str:
