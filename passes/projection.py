@@ -85,7 +85,7 @@ def _break_even(site: AttentionSite, config: NSAConfig) -> int | None:
 
 def _bytes_dense(site: AttentionSite) -> int:
     read = _tiles(cost.pairs(site), _DENSE_TILE) * (site.head_dim + site.value_dim)
-    return _own_bytes(site) + site.batch * site.kv_heads * read * site.dtype.itemsize
+    return int(_own_bytes(site) + site.batch * site.kv_heads * read * site.dtype.itemsize)
 
 
 def _bytes_sparse(site: AttentionSite, config: NSAConfig) -> int:
@@ -94,9 +94,11 @@ def _bytes_sparse(site: AttentionSite, config: NSAConfig) -> int:
     if config.scorer != "channels":
         width, scored = site.head_dim, scored // config.compress_stride
     again = cost.second_look_pairs(site, config)
-    read = _tiles(scored, _DENSE_TILE) * width + _tiles(again, config.query_tile) * site.head_dim
+    read = (
+        _tiles(scored, _DENSE_TILE) * width + _tiles(again, config.query_tile or 1) * site.head_dim
+    )
     attended = cost.attended_pairs(site, config)
-    read += _tiles(attended, config.query_tile) * (site.head_dim + site.value_dim)
+    read += _tiles(attended, config.query_tile or 1) * (site.head_dim + site.value_dim)
     keys = site.batch * site.kv_heads * read * site.dtype.itemsize
     return int(_own_bytes(site) + keys + 2 * _blocks(site, config))
 
@@ -122,7 +124,7 @@ def _result(site: AttentionSite) -> int:
 def _blocks(site: AttentionSite, config: NSAConfig) -> int:
     """The int32 numbers of the blocks that each tile reads."""
     blocks = min(config.num_selected or 0, _tiles(int(site.kv_len), config.select_block))
-    tiles = site.batch * site.kv_heads * _tiles(int(site.q_len), config.query_tile)
+    tiles = site.batch * site.kv_heads * _tiles(int(site.q_len), config.query_tile or 1)
     return int(tiles * blocks * 4)
 
 
