@@ -12,7 +12,9 @@ if (_root / "passes" / "config.py").is_file() and (_root / "pyproject.toml").is_
 from nsa_compile.backend import StrictError, nsa  # noqa: E402
 from nsa_compile.compilations import report  # noqa: E402
 from nsa_compile.guards import ConversionWarning  # noqa: E402
+from nsa_compile.nn import NSAParameters  # noqa: E402
 from nsa_compile.passes.config import NSAConfig, NSAConfigError  # noqa: E402
+from nsa_compile.preparation import prepare, unprepare  # noqa: E402
 from nsa_compile.report import RewriteReport  # noqa: E402
 
 __version__ = "0.1.0"
@@ -20,10 +22,13 @@ __all__ = [
     "ConversionWarning",
     "NSAConfig",
     "NSAConfigError",
+    "NSAParameters",
     "RewriteReport",
     "StrictError",
     "nsa",
+    "prepare",
     "report",
+    "unprepare",
 ]
 
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import nsa_compile.kernels.library  # noqa: F401  registers torch.ops.nsa
 from nsa_compile import compilations
+from nsa_compile.capture import traced_module
 from nsa_compile.compilations import CompiledGraph
 from nsa_compile.guards import (
     Agreement,
@@ -25,6 +26,7 @@ from nsa_compile.guards import (
     GuardedCallable,
     Unchanged,
 )
+from nsa_compile.nn.parameters import prepared_sites
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.passes.pipeline import Conversion, analyse, rewrite
 from nsa_compile.passes.record import failed_record, record
@@ -66,12 +68,12 @@ def nsa(
     entry = _begin()
     values = _constant_inputs(gm, example_inputs)
     try:
-        conversion = analyse(gm, config, values=values)
+        conversion = analyse(gm, config, values=values, prepared=prepared_sites(entry.root()))
         entry.records = _records(conversion, entry)
     except Exception as error:
         return _untouched(gm, example_inputs, config, mode, entry, error)
     _enforce_strict(config, entry.records)
-    if not conversion.converts:
+    if not conversion.changes:
         return _inner(gm, example_inputs, config, mode)
     original = Snapshot(gm)
     conditions = _conditions(gm, conversion, values)
@@ -134,8 +136,7 @@ def _is_control_flow(error: Exception) -> bool:
 def _begin() -> CompiledGraph:
     """Open the report entry of this backend call, tied to the torch.compile call it came from."""
     tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
-    scope, name = tracer.output.local_scope, tracer.output.root_tx.f_code.co_name
-    root = next((value for value in scope.values() if isinstance(value, nn.Module)), None)
+    name, root = tracer.output.root_tx.f_code.co_name, traced_module()
     model = type(root).__name__ if root is not None else name
     compile_id = str(CompileContext.current_compile_id())
     return compilations.begin(_caller(), compile_id, root, model, tracer.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import pgo
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 
@@ -23,11 +25,15 @@ _NO_LIMIT = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """One graph: ``values`` holds the tensors of placeholders (buffers) whose value is known."""
+    """One graph: ``values`` holds the tensors of placeholders (buffers) whose value is known.
+
+    ``root`` is the module whose code it is; module paths in the graph start there.
+    """
 
     gm: fx.GraphModule
     values: dict[fx.Node, torch.Tensor]
     compile_id: str
+    root: nn.Module | None = None
 
 
 @dataclass
@@ -91,7 +97,7 @@ def _run(
     result = Capture()
     compiled = torch.compile(model, backend=_keeper(result, values), dynamic=dynamic)
     limits = torch._dynamo.config.patch(**_NO_LIMIT)
-    with _dynamo_counters(result), limits, default_device:
+    with _dynamo_counters(result), _sizes_forgotten(), limits, default_device:
         try:
             compiled(*args, **kwargs)
         except Exception as error:
@@ -110,11 +116,29 @@ def _keeper(result: Capture, values: Mapping[int, torch.Tensor]) -> Callable[...
             for node, value in zip(placeholders, example_inputs, strict=True)
             if id(value) in values
         }
-        result.graphs.append(CapturedGraph(gm, known, _compile_id(frames)))
+        result.graphs.append(CapturedGraph(gm, known, _compile_id(frames), traced_module()))
         forward: Callable[..., Any] = gm.forward
         return forward
 
     return keep
+
+
+def traced_module() -> nn.Module | None:
+    """The module whose code Dynamo is compiling right now: the first among its locals."""
+    scope = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.local_scope
+    return next((value for value in scope.values() if isinstance(value, nn.Module)), None)
+
+
+@contextmanager
+def _sizes_forgotten() -> Iterator[None]:
+    """Dynamo remembers sizes by code: compiled in earnest, the model must not look dynamic."""
+    known = pgo.get_code_state()
+    before = copy.deepcopy(known)
+    try:
+        yield
+    finally:
+        known.clear()
+        known.update(before)
 
 
 def _compile_id(frames: dict[str, list[str]]) -> str:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from nsa_compile.passes.config import NSAConfig
+
 
 def logit_scale(scale: float | None, dim: int) -> float:
     return 1 / math.sqrt(dim) if scale is None else scale
@@ -168,3 +170,14 @@ def check_gated_terms(
     for name, (value, reason) in refused.items():
         if value is not None:
             raise ValueError(f"merge='gate' does not take {name}: {reason}")
+
+
+def check_unlearned(options: NSAConfig) -> None:
+    """Functions have no parameters: what ``options`` wants learned needs NSAParameters."""
+    wanted = options.sizes()
+    for name, default in (("compression", "mean"), ("num_mem_kv", 0), ("gate", None)):
+        if wanted[name] != default:
+            raise ValueError(
+                f"{name}={wanted[name]!r} has parameters, which a function has not; use "
+                f"nsa_compile.prepare or nsa_compile.NSAParameters, or {name}={default!r}"
+            )

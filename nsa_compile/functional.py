@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 import nsa_compile.kernels.library  # noqa: F401
-from nsa_compile import merges
 from nsa_compile.checks import (
     check_gated_terms,
     check_gates,
@@ -36,11 +35,13 @@ from nsa_compile.checks import (
     check_mask,
     check_sizes,
     check_terms,
+    check_unlearned,
     check_valid,
     logit_scale,
     pooled_keys,
 )
 from nsa_compile.packed import packed_ranges
+from nsa_compile.passes import merges
 from nsa_compile.passes.config import NSAConfig
 
 __all__ = [
@@ -333,6 +334,8 @@ def nsa_attention(
     factor = logit_scale(scale, q.shape[3])
     if gates is not None:
         check_gated_terms(window, query_segments, slopes, softcap)
-        return merges.gated(q, k, v, gates, options, valid, ranges, factor, causal, offset)
+        check_unlearned(options)
+        learned = merges.pooled(gates, k, v, options, valid)
+        return merges.gated(q, k, v, learned, options, valid, ranges, factor, causal, offset)
     terms = (valid, ranges, query_segments, key_segments, slopes, positions)
     return merges.one_softmax(q, k, v, options, terms, (factor, softcap, causal, offset, window))

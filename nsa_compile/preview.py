@@ -76,7 +76,7 @@ def _report(target: Target, captured: Capture, config: NSAConfig) -> RewriteRepo
         try:
             conversion = analyse(graph.gm, config, values=graph.values)
             rows = [record(decision, graph.compile_id) for decision in conversion.decisions]
-            if conversion.converts:
+            if conversion.changes:
                 rewrite(graph.gm, conversion)
         except Exception as error:  # ours, not the user's: reported as the backend reports it
             text = f"graph {graph.compile_id} stays dense: {describe(error)}"

@@ -13,6 +13,7 @@ from typing import Any
 MERGES = ("softmax", "gate")
 SCORERS = ("channels", "mean")
 INNERS = ("inductor", "aot_eager", "eager")
+COMPRESSIONS = ("mean", "weighted", "linear", "mlp", "conv", "attention")
 
 # Fields left as None take the value of their merge. "gate" has the paper's sizes (arXiv 2502.11089,
 # section 4.1); "softmax" converts without training and needs a larger budget: docs/budget.md.
@@ -32,6 +33,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "dense_len": 8192,
     },
 }
+# Fields of merge "gate" alone: what is learned.
+_LEARNED = {"compression": "mean", "compress_expand": 1.0, "num_mem_kv": 0, "gate": None}
 _NOT_PER_LAYER = ("include", "exclude", "per_layer", "strict", "inner")
 
 
@@ -62,6 +65,14 @@ class NSAConfig:
         init_blocks: blocks at the start of the sequence that are always read.
         window: w, most recent tokens that are always read, the query's own included.
         dense_len: up to this many keys the operator computes dense attention, decided at run time.
+        compression: how merge ``"gate"`` compresses the keys and values of a block:
+            ``nsa_compile.NSAParameters`` says what each name is; or a module that maps
+            [B, Hkv, Nc, l, D] to [B, Hkv, Nc, D], of which keys and values get a copy each.
+        compress_expand: width of the hidden layer of compression ``"mlp"``, in block lengths times
+            head width.
+        num_mem_kv: learned keys and values that every query of the compressed branch sees.
+        gate: module that maps hidden states [B, Tq, C] to [B, Tq, 3 * Hq] logits of the gates, of
+            which each layer gets a copy; None is a linear layer.
         include, exclude: globs over module paths; a layer is converted when it matches an include
             glob (or there is none) and no exclude glob.
         per_layer: ``{glob: {field: value}}``; later globs win over earlier ones.
@@ -84,6 +95,10 @@ class NSAConfig:
     init_blocks: int = 1
     window: int | None = None
     dense_len: int | None = None
+    compression: Any = "mean"
+    compress_expand: float = 1.0
+    num_mem_kv: int = 0
+    gate: Any = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -103,6 +118,7 @@ class NSAConfig:
         _one_of("scorer", self.scorer, SCORERS)
         self._check_integers()
         self._check_sizes()
+        self._check_learned()
         self._check_per_layer()
 
     @classmethod
@@ -149,9 +165,11 @@ class NSAConfig:
 
     def sizes(self) -> dict[str, Any]:
         """The fields that shape one layer's conversion, for reports."""
-        skip = set(_NOT_PER_LAYER)
+        skip = {*_NOT_PER_LAYER, *(() if self.merge == "gate" else _LEARNED)}
         return {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.name not in skip
         }
 
     def _override(self, changes: Mapping[str, Any]) -> NSAConfig:
@@ -161,13 +179,15 @@ class NSAConfig:
             for name, value in _DEFAULTS[self.merge].items():
                 if current[name] == value:
                     current[name] = None
+            if changes["merge"] != "gate":
+                current.update(_LEARNED)
         return NSAConfig(**{**current, "per_layer": {}, **changes})
 
     def _check_integers(self) -> None:
         least = {
             "query_tile": 1, "compress_block": 1, "compress_stride": 1, "select_block": 1,
             "num_selected": 1, "init_blocks": 0, "window": 1, "dense_len": 0, "score_channels": 1,
-            "candidates": 1,
+            "candidates": 1, "num_mem_kv": 0,
         }  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -175,6 +195,8 @@ class NSAConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise NSAConfigError(f"{name} must be an integer, got {value!r}")
+            if name == "num_selected" and self.merge == "gate":
+                minimum = 0  # without the selected branch
             if value < minimum:
                 raise NSAConfigError(f"{name} must be at least {minimum}, got {value}")
 
@@ -210,6 +232,26 @@ class NSAConfig:
                 "or lower window"
             )
 
+    def _check_learned(self) -> None:
+        if isinstance(self.compression, str) or not callable(self.compression):
+            _one_of("compression", self.compression, (*COMPRESSIONS, "a module"))
+        if self.gate is not None and not callable(self.gate):
+            raise NSAConfigError(f"gate must be a module or None, got {self.gate!r}")
+        expand = self.compress_expand
+        if isinstance(expand, bool) or not isinstance(expand, (int, float)) or not expand > 0:
+            raise NSAConfigError(f"compress_expand must be a positive number, got {expand!r}")
+        for name, default in _LEARNED.items():
+            value = getattr(self, name)
+            if self.merge != "gate" and value != default:
+                raise NSAConfigError(
+                    f"{name}={value!r} needs merge='gate', got merge={self.merge!r}"
+                )
+        if expand != 1.0 and self.compression != "mlp":
+            raise NSAConfigError(
+                f"compress_expand={expand!r} is the hidden layer of compression='mlp', got "
+                f"compression={self.compression!r}"
+            )
+
     def _check_per_layer(self) -> None:
         if not isinstance(self.per_layer, Mapping):
             raise NSAConfigError(f"per_layer must map globs to options, got {self.per_layer!r}")
@@ -239,6 +281,11 @@ def window_blocks(
     step = 1 if offset is None else math.gcd(query_tile, block)
     starts = range((offset or 0) % step, block, step)
     return max((p + query_tile - 1 + ahead) // block - (p - back) // block + 1 for p in starts)
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON has it: a module by the name of its class."""
+    return type(value).__name__ if callable(value) else value
 
 
 def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:

@@ -31,13 +31,16 @@ def flops_dense(site: AttentionSite) -> int | str:
 def flops_sparse(site: AttentionSite, config: NSAConfig) -> int | str:
     """FLOPs of choosing blocks and attending to them; those of dense up to ``dense_len`` keys.
 
-    Attending is bounded by n blocks of L keys for a query. Under dynamic lengths the text is a
-    Python expression in the graph's symbols.
+    With gates they are those of three branches at any length, without what the model's own
+    compression costs. Attending is bounded by n blocks of L keys for a query. Under dynamic lengths
+    the text is a Python expression in the graph's symbols.
     """
     dense, keys = _dense(site), size(site.kv_len)
     again = 2 * site.head_dim * second_look_pairs(site, config)
     attending = 2 * (site.head_dim + site.value_dim) * attended_pairs(site, config)
     sparse = _scoring(site, config) + _heads(site) * (again + attending)
+    if config.merge == "gate":
+        return text(sparse + _other_branches(site, config))
     if isinstance(keys, int):
         assert config.dense_len is not None
         return text(dense if keys <= config.dense_len else sparse)
@@ -97,6 +100,15 @@ def attended_pairs(site: AttentionSite, config: NSAConfig) -> Size:
     """Pairs in the chosen blocks."""
     assert config.num_selected is not None
     return _pairs_read(site, config.num_selected * config.select_block)
+
+
+def _other_branches(site: AttentionSite, config: NSAConfig) -> Size:
+    """Attention over the compressed keys, whose logits the scores share, and over the window."""
+    compressed = _pairs(site, _own_window(site)) // config.compress_stride
+    dims = site.value_dim if config.scorer == "mean" else site.head_dim + site.value_dim
+    seen = dims * compressed
+    seen += (site.head_dim + site.value_dim) * _pairs_read(site, config.window or 0)
+    return _heads(site) * 2 * seen
 
 
 def _pairs_read(site: AttentionSite, budget: int) -> Size:

@@ -11,6 +11,7 @@ from nsa_compile.passes import dialect
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
+from nsa_compile.passes.templates import template
 
 MAX_HEAD_DIM = 256
 # Refusals of attention whose axes nobody could tell apart: its sizes say nothing.
@@ -21,9 +22,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def decide(site: AttentionSite, config: NSAConfig) -> Decision:
     """Verdict on ``site`` under ``config`` (whose ``per_layer`` fields are applied here).
 
-    The first check that refuses decides; what it said, and what passed before it, is kept.
+    The first check that refuses decides; what it said, and what passed before it, is kept. Of a
+    prepared layer, ``config`` says only whether it is included.
     """
     layer = config.for_layer(site.module)
+    if site.mark is not None:  # the config that its parameters were made for
+        layer = template(site.mark.template).config
     outcomes: list[tuple[str, Refusal | None]] = []
     for name, check in _CHECKS:
         outcomes.append((name, check(site, layer, config)))
@@ -43,13 +47,24 @@ def _filters(site: AttentionSite, config: NSAConfig) -> Refusal | None:
     return Refusal(Reason.EXCLUDED, f"{site.module or '(no module path)'}")
 
 
-def _gates(layer: NSAConfig) -> Refusal | None:
-    return Refusal(Reason.NEEDS_PREPARE) if layer.merge == "gate" else None
+def _gates(site: AttentionSite, layer: NSAConfig) -> Refusal | None:
+    if site.unmarked:
+        why = (
+            "torch.compile leaves the hooks of the module it is given to eager mode, the one that "
+            "marks this layer too; compile a module around it, or set "
+            "torch._dynamo.config.wrap_top_frame"
+        )
+        return Refusal(Reason.NOT_PREPARED, why)
+    if layer.merge == "gate" and site.mark is None:
+        return Refusal(Reason.NOT_PREPARED, "merge='gate'")
+    return None
 
 
 def _already_local(site: AttentionSite, config: NSAConfig) -> Refusal | None:
     """A layer that reads no more keys than its conversion would gains nothing by it."""
     mask = site.mask
+    if config.merge == "gate":  # the model was trained with gates
+        return None
     if not isinstance(mask, Mask) or mask.prefix is not None:
         return None
     seen = [] if mask.chunk is None else [(mask.chunk, f"chunk({mask.chunk})")]
@@ -124,9 +139,34 @@ def _scale(site: AttentionSite) -> Refusal | None:
     return Refusal(Reason.UNSUPPORTED_SCALE, f"scale={site.scale}")
 
 
+def _gated(site: AttentionSite) -> Refusal | None:
+    """What the three branches do not compute; and the parameters must be this layer's."""
+    mask, modifiers = site.mask, site.modifiers
+    if not isinstance(mask, Mask):
+        return None
+    segments = mask.segments is not None and not mask.segments_sorted
+    unknown = modifiers.describe() or "its log-sum-exp is read" * (site.lse is not None)
+    if mask.window is not None or mask.prefix is not None or segments:
+        unknown = f"mask {mask.describe()}"
+    if unknown:
+        return Refusal(Reason.MODIFIER_NOT_SUPPORTED, f"{unknown}, under merge='gate'")
+    if site.mark is None:
+        return None
+    made = template(site.mark.template)
+    expected = (made.q_heads, made.kv_heads, made.head_dim, made.value_dim)
+    found = (site.q_heads, site.kv_heads, site.head_dim, site.value_dim)
+    if expected == found:
+        return None
+    return Refusal(
+        Reason.UNSUPPORTED_SHAPE, f"prepared for Hq, Hkv, D, Dv = {expected}, got {found}"
+    )
+
+
 def _sizes(site: AttentionSite, config: NSAConfig) -> Refusal | None:
     """The forced blocks of this mask must fit the budget, whatever its offset's alignment."""
-    if config.merge != "softmax" or not isinstance(site.mask, Mask):
+    if config.merge == "gate":
+        return _gated(site)
+    if not isinstance(site.mask, Mask):
         return None
     offset = site.mask.offset if isinstance(site.mask.offset, int) else None
     # With a prefix the operators run without causality: its ranges say what a query sees.
@@ -154,7 +194,7 @@ _CHECKS: tuple[tuple[str, Callable[..., Refusal | None]], ...] = (
     ("scale", lambda site, layer, config: _scale(site)),
     ("sizes", lambda site, layer, config: _sizes(site, layer)),
     ("filters", lambda site, layer, config: _filters(site, config)),
-    ("gates", lambda site, layer, config: _gates(layer)),
+    ("gates", lambda site, layer, config: _gates(site, layer)),
     ("own reach", lambda site, layer, config: _already_local(site, layer)),
 )
 CHECKS = tuple(name for name, _ in _CHECKS)

@@ -62,7 +62,7 @@ def _shape(decision: Decision, body: Body, inlined: Inlined) -> Any:
         return ("outside", externals.index(node)) if found is None else found
 
     site = _mapped(_bare(decision), local)
-    named = ("output", "lse", "query", "key", "value", "scale", "mask", "modifiers")
+    named = ("output", "lse", "query", "key", "value", "scale", "mask", "modifiers", "mark")
     steps = ("query_steps", "key_steps", "value_steps", "output_steps", "lse_steps")
     return repr(([getattr(site, name) for name in (*named, *steps)], decision.config))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from nsa_compile.passes.decide import decide
 from nsa_compile.passes.enclosed import enclosed, under
 from nsa_compile.passes.inline import inline
 from nsa_compile.passes.lower import Blocks, Lowering, hides, lower
+from nsa_compile.passes.marks import attach, erase_marks, marks_of
 from nsa_compile.passes.match import find_sites
 from nsa_compile.passes.outline import Outliner, agreed
 from nsa_compile.passes.rewrite import Rewriter
@@ -33,6 +34,7 @@ class Conversion:
         reading: how the graph was read, where not as it is: with the bodies of higher-order
             operators inlined and hidden attention spelled out, in a copy on whose nodes the
             decisions stand.
+        marked: whether the graph holds marks of prepared modules, which a rewrite takes out.
     """
 
     decisions: tuple[Decision, ...]
@@ -40,6 +42,12 @@ class Conversion:
     binary: tuple[fx.Node, ...] = ()
     blocks: tuple[Blocks, ...] = ()
     reading: Lowering | None = None
+    marked: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to rewrite: a site, or the mark of a prepared one."""
+        return self.converts or self.marked
 
     @property
     def converts(self) -> bool:
@@ -47,7 +55,11 @@ class Conversion:
 
 
 def analyse(
-    gm: fx.GraphModule, config: NSAConfig, *, values: Mapping[fx.Node, torch.Tensor] | None = None
+    gm: fx.GraphModule,
+    config: NSAConfig,
+    *,
+    values: Mapping[fx.Node, torch.Tensor] | None = None,
+    prepared: Collection[str] = (),
 ) -> Conversion:
     """Find every attention in ``gm``, prove its mask and decide on it. Changes nothing.
 
@@ -55,6 +67,8 @@ def analyse(
         gm: a Dynamo graph (or ``torch.export`` program's graph module).
         config: the user's options.
         values: real tensors of placeholders whose value may be read (buffers, constants).
+        prepared: paths of the attention that nsa_compile.prepare has seen: without a mark in the
+            graph it stays dense, because it was not trained to become anything else.
     """
     given, known = gm, dict(values or {})
     inlined = inline(gm, always=hides(gm))
@@ -66,6 +80,7 @@ def analyse(
         gm = inlined.module
         refused = reading.refused
     sites = under(find_sites(gm, values=known) + refused, gm.graph)
+    attach(sites, gm.graph, prepared)
     decisions = tuple(decide(site, config) for site in sites)
     if inlined is not None:
         decisions = agreed(decisions, inlined)
@@ -87,6 +102,7 @@ def analyse(
         binary=inputs(n for mask in masks for n in mask.binary),
         blocks=tuple(claim.renamed(given_node) for claim in claims),
         reading=reading,
+        marked=bool(marks_of(given)),
     )
 
 
@@ -97,6 +113,7 @@ def rewrite(gm: fx.GraphModule, conversion: Conversion) -> None:
     remembers what it was.
     """
     reading = conversion.reading
+    erase_marks(gm)
     if reading is None:
         Rewriter(gm).apply(conversion.decisions)
         gm.recompile()
@@ -110,9 +127,9 @@ def convert(
 ) -> Conversion:
     """:func:`analyse`, then rewrite the converted sites of ``gm`` in place.
 
-    Skips the rewrite altogether when nothing converts, so that ``gm`` stays the identical graph.
+    Skips the rewrite altogether when nothing changes, so that ``gm`` stays the identical graph.
     """
     conversion = analyse(gm, config, values=values)
-    if conversion.converts:
+    if conversion.changes:
         rewrite(gm, conversion)
     return conversion

@@ -31,10 +31,11 @@ class Reason(Enum):
         "the layer filters leave it out: {detail}",
         "change include/exclude if this layer should be converted",
     )
-    NEEDS_PREPARE = (
-        "needs_prepare",
-        "merge='gate' needs trained gates, and this layer has none",
-        "use merge='softmax', which needs no new weights",
+    NOT_PREPARED = (
+        "not_prepared",
+        "it should have learned gates, and there are none in its graph: {detail}",
+        "call nsa_compile.prepare(model, config) before torch.compile, and train; or use "
+        "merge='softmax', which needs no new weights",
     )
     UNSUPPORTED_SHAPE = (
         "unsupported_shape",

@@ -13,11 +13,13 @@ from nsa_compile.passes.evidence import evidence
 from nsa_compile.passes.projection import projection
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Decision, SiteRecord
+from nsa_compile.passes.templates import template
 
 
 def record(decision: Decision, compile_id: str) -> SiteRecord:
     """The report row of one verdict: plain values that keep no graph alive."""
     site, refusal = decision.site, decision.refusal
+    unused = _unused(decision)
     return SiteRecord(
         module=site.module,
         module_class=site.module_class,
@@ -25,7 +27,7 @@ def record(decision: Decision, compile_id: str) -> SiteRecord:
         spelling=site.spelling,
         decision="converted" if decision.converted else "kept",
         reason=refusal.code if refusal else None,
-        reason_text=refusal.text if refusal else None,
+        reason_text=refusal.text + _named(unused) if refusal else None,
         hint=refusal.hint if refusal else None,
         q_heads=site.q_heads,
         kv_heads=site.kv_heads,
@@ -43,8 +45,25 @@ def record(decision: Decision, compile_id: str) -> SiteRecord:
         ordinal=site.ordinal,
         compile_id=compile_id,
         modifiers=site.modifiers.describe(),
-        extra={**projection(decision), "evidence": evidence(decision)},
+        extra={
+            **projection(decision),
+            "evidence": evidence(decision),
+            **({"unused_parameters": unused} if unused else {}),
+        },
     )
+
+
+def _unused(decision: Decision) -> list[str]:
+    """The parameters that ``nsa_compile.prepare`` gave to a layer that stays dense."""
+    mark = decision.site.mark
+    if mark is None or decision.converted:
+        return []
+    prefix = f"{mark.module}.nsa" if mark.module else "nsa"
+    return [f"{prefix}.{name}" for name in template(mark.template).names]
+
+
+def _named(unused: list[str]) -> str:
+    return f"; its parameters are not used: {', '.join(unused)}" if unused else ""
 
 
 def failed_record(row: SiteRecord, detail: str) -> SiteRecord:

@@ -12,12 +12,10 @@ from torch import fx
 from nsa_compile.passes import dialect
 from nsa_compile.passes.emit import Caller
 from nsa_compile.passes.erase import erase_unused
+from nsa_compile.passes.gate import attend
+from nsa_compile.passes.merges import SPARE_ROWS
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
 from nsa_compile.passes.visibility import Visibility, row
-
-# Two rows past the compressed blocks keep their number from ever being 0 or 1, sizes that torch
-# compiles separately for: one dynamic compilation serves short sequences too.
-_SPARE_ROWS = 2
 
 
 class Rewriter:
@@ -78,12 +76,18 @@ class Rewriter:
         q, k, v = _operands(site, call)
         *visible, causal = self._visibility.operands(mask, q, k, call)
         valid = visible[0]
+        if site.mark is not None and config.merge == "gate":
+            mark, where = site.mark, (valid, visible[1], site.scale, causal, mask.offset)
+            held = (mark.template, mark.training, mark.hidden, mark.parameters)
+            out = call(attend, *held, q, k, v, *where)
+            out = call.steps(out, site.output_steps)
+            return call.cast(out, dialect.value(site.output).dtype), None
         if config.scorer == "channels":
             r = config.channels(site.head_dim)
             summary = call(ops.channels.default, q, k, valid, r, config.dense_len)
         else:
             sizes = (config.compress_block, config.compress_stride)
-            summary = call(ops.compress.default, k, valid, *sizes, _SPARE_ROWS, config.dense_len)
+            summary = call(ops.compress.default, k, valid, *sizes, SPARE_ROWS, config.dense_len)
         alibi = _alibi(site, call)
         logits = (site.scale, site.modifiers.softcap, causal, mask.offset, mask.window)
         blocks = call(

@@ -110,6 +110,24 @@ class Modifiers:
         return " & ".join(terms)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What nsa::site said of an attention whose module ``nsa_compile.prepare`` has seen.
+
+    Attributes:
+        module: path of the module that holds the parameters.
+        hidden: node of its hidden states.
+        parameters: nodes in the order of the template's names.
+        template: its name in ``passes.templates``.
+    """
+
+    module: str
+    hidden: fx.Node
+    parameters: tuple[fx.Node, ...]
+    template: str
+    training: bool
+
+
 @dataclass
 class AttentionSite:
     """What the matcher read off the graph for one attention.
@@ -126,6 +144,8 @@ class AttentionSite:
         lse: node of the rows' log-sum-exp where the model reads it, or None; it is replaced by
             ``lse_steps`` of the operators' ``[B, Hq, Tq, 1]``.
         spelling: name of the form it was written in, e.g. ``"sdpa"``.
+        mark: of a prepared module, else None.
+        unmarked: the module is prepared, and its mark is not in this graph.
     """
 
     output: fx.Node
@@ -156,6 +176,8 @@ class AttentionSite:
     output_steps: Steps = ()
     lse: fx.Node | None = None
     lse_steps: Steps = ()
+    mark: Mark | None = None
+    unmarked: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def _backward_kernel(implementation: Any) -> Any:
     ) -> Tensor:
         if length <= dense_len:
             return _backward_fake(grad, valid, block, stride, length).zero_()
-        return implementation().compress_backward(grad, valid, block, stride, length)
+        rows = grad[:, :, : geometry.num_compressed(length, block, stride)]
+        return implementation().compress_backward(rows, valid, block, stride, length)
 
     return kernel
 
@@ -88,9 +89,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (valid,) = ctx.saved_tensors
-    blocks = grad.narrow(2, 0, grad.shape[2] - ctx.spare)
     dx = torch.ops.nsa.compress_backward(
-        blocks, valid, ctx.block, ctx.stride, ctx.length, ctx.dense_len
+        grad, valid, ctx.block, ctx.stride, ctx.length, ctx.dense_len
     )
     return dx, None, None, None, None, None
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nsa_compile import functional, merges
+from nsa_compile import functional
 from nsa_compile.bench.settings import Settings
+from nsa_compile.passes import merges
 
 
 class GatedPath:

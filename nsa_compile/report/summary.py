@@ -59,5 +59,6 @@ def kept_groups(report: RewriteReport) -> list[KeptGroup]:
 
 def runs_dense(site: SiteRecord) -> bool:
     """Whether a converted site computes dense attention at the length it was seen with."""
-    limit = (site.config or {}).get("dense_len", 0)
+    config = site.config or {}
+    limit = 0 if config.get("merge") == "gate" else config.get("dense_len", 0)
     return isinstance(site.kv_len, int) and site.kv_len <= limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,12 @@ def build_skeleton(builder: Callable[[], Any]) -> Skeleton:
             "read from such buffers are not proven here, but may be by torch.compile"
         )
     return skeleton
+
+
+def skeleton_of(model: nn.Module) -> Skeleton:
+    """A copy of a model that is built, on the meta device; its tensors are not copied."""
+    to_meta = _ToMeta()
+    return Skeleton(copy.deepcopy(model, to_meta.stand_ins(model)), to_meta.values)
 
 
 def _build_on_meta(builder: Callable[[], Any], first: Exception) -> Skeleton:
@@ -155,6 +162,16 @@ class _ToMeta:
         """``result`` with each module (in place) and each loose tensor on the meta device."""
         result = tree_map_only(nn.Module, self._module, result)
         return tree_map_only(torch.Tensor, self._tensor, result)
+
+    def stand_ins(self, module: nn.Module) -> dict[int, Any]:
+        """The meta tensors of all that ``module`` holds, by the ``id`` of the real one."""
+        return {
+            id(tensor): tensor if tensor.is_meta else self._remembered(tensor)
+            for part in module.modules()
+            for slots in (part._parameters, part._buffers, part.__dict__)
+            for tensor in slots.values()
+            if isinstance(tensor, torch.Tensor)
+        }
 
     def _module(self, module: nn.Module) -> nn.Module:
         for part in module.modules():

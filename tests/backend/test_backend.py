@@ -103,7 +103,7 @@ def test_include_exclude_and_per_layer(x: torch.Tensor) -> None:
     fast(x)
     assert verdicts(fast) == [
         ("layers.0", "converted", None),
-        ("layers.1", "kept", "needs_prepare"),
+        ("layers.1", "kept", "not_prepared"),
         ("layers.2", "converted", None),
         ("layers.3", "kept", "excluded"),
     ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
 from nsa_compile.passes.config import NSAConfig, NSAConfigError, window_blocks
@@ -115,3 +118,37 @@ def test_window_blocks_counts_the_worst_tile(tile: int, block: int, causal: bool
                     break
             assert window_blocks(window, tile, block, offset, causal) == worst
             assert window_blocks(window, tile, block, None, causal) >= worst
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"compression": "mlp"}, "compression='mlp' needs merge='gate', got merge='softmax'"),
+        ({"num_mem_kv": 2}, "num_mem_kv=2 needs merge='gate', got merge='softmax'"),
+        ({"gate": len}, "needs merge='gate', got merge='softmax'"),
+        (
+            {"merge": "gate", "compress_expand": 2.0},
+            "compress_expand=2.0 is the hidden layer of compression='mlp', got compression='mean'",
+        ),
+        ({"merge": "gate", "compression": "max"}, "weighted, linear, mlp, conv, attention, a mod"),
+        ({"merge": "gate", "compression": "mlp", "compress_expand": 0}, "a positive number, got 0"),
+        ({"merge": "gate", "num_mem_kv": -1}, "num_mem_kv must be at least 0, got -1"),
+        ({"merge": "gate", "gate": "linear"}, "gate must be a module or None, got 'linear'"),
+        ({"num_selected": 0}, "num_selected must be at least 1, got 0"),
+    ],
+)
+def test_learned_options_are_checked(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(NSAConfigError, match=re.escape(text)):
+        NSAConfig.from_options(options)
+
+
+def test_learned_options_are_reported_with_gates_only() -> None:
+    assert "compression" not in NSAConfig().sizes()
+    sizes = NSAConfig(merge="gate", compression=dict).sizes()
+    assert (sizes["compression"], sizes["num_mem_kv"]) == ("type", 0)
+
+
+def test_a_layer_without_gates_learns_nothing() -> None:
+    config = NSAConfig(merge="gate", compression="conv", per_layer={"0": {"merge": "softmax"}})
+    assert config.for_layer("0").compression == "mean"
+    assert config.for_layer("1").compression == "conv"

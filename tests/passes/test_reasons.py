@@ -70,7 +70,7 @@ CASES: dict[Reason, tuple[Callable[..., Any], tuple[torch.Tensor, ...], dict[str
     Reason.MASK_FROM_OUTSIDE: (masked, (Q, torch.ones(T, T, dtype=torch.bool)), {}, "graph input"),
     Reason.DROPOUT: (lambda q: sdpa(q, dropout_p=0.25), (Q,), {}, "0.25"),
     Reason.EXCLUDED: (sdpa, (Q,), {"exclude": ["*"]}, ""),
-    Reason.NEEDS_PREPARE: (sdpa, (Q,), {"merge": "gate"}, ""),
+    Reason.NOT_PREPARED: (sdpa, (Q,), {"merge": "gate"}, ""),
     Reason.UNSUPPORTED_SHAPE: (sdpa, (torch.randn(1, 1, T, 300),), {}, "300"),
     Reason.UNSUPPORTED_DTYPE: (sdpa, (Q.double(),), {}, "float64"),
     Reason.UNSUPPORTED_SCALE: (lambda q: sdpa(q, scale=-1.0), (Q,), {}, "-1.0"),

@@ -1,0 +1,5 @@
+"""The learned parts of Native Sparse Attention as modules."""
+
+from nsa_compile.nn.parameters import NSAParameters
+
+__all__ = ["NSAParameters"]

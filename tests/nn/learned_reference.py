@@ -1,0 +1,110 @@
+"""Native Sparse Attention with learned parts, block by block with explicit matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nsa_compile.kernels.attend import reference as attend
+from nsa_compile.kernels.compressed.reference import visible
+from nsa_compile.kernels.select import reference as select
+from nsa_compile.nn import NSAParameters
+
+
+def compress(kind: str, module: nn.Module | None, x: Tensor, real: Tensor) -> Tensor:
+    """One block of one head: tokens x [l, D], real [l, 1] bool -> [D]."""
+    if not real.any() and kind in ("mean", "weighted", "attention"):
+        return torch.zeros_like(x[0])
+    x = x * real
+    if kind == "mean":
+        return x.sum(0) / real.sum()
+    assert module is not None
+    w = {name: p for name, p in module.named_parameters()}
+    if kind == "weighted":
+        return (w["logits"][:, None].masked_fill(~real, -torch.inf).softmax(0) * x).sum(0)
+    if kind == "attention":
+        return ((x @ w["weight"]).masked_fill(~real, -torch.inf).softmax(0) * x).sum(0)
+    if kind == "conv":
+        return (w["weight"] * x).sum(0) + w["bias"][0]
+    if kind == "linear":
+        return sum(x[i] @ w["weight"][i] for i in range(len(x))) + w["bias"][0]
+    x = (x + w["positions"]) * real
+    flat = w["weight_in"].flatten(0, 1)
+    return F.relu(x.flatten() @ flat + w["bias_in"][0]) @ w["weight_out"] + w["bias_out"][0]
+
+
+class _Head(nn.Module):
+    """The parameters of one head of a compression."""
+
+    def __init__(self, module: nn.Module, head: int) -> None:
+        super().__init__()
+        self.held = {name: p[head] for name, p in module.named_parameters()}
+
+    def named_parameters(self):  # type: ignore[no-untyped-def]
+        return self.held.items()
+
+
+def compressed(own: NSAParameters, module: nn.Module | None, x: Tensor, valid: Tensor) -> Tensor:
+    """[B, Hkv, T, D] -> [B, Hkv, Nc, D]."""
+    config, length = own.config, x.shape[2]
+    starts = range(0, length - config.compress_block + 1, config.compress_stride)
+    if not starts:
+        return x[:, :, :0]
+    rows = [
+        compress(
+            config.compression, module and _Head(module, h), x[b, h, s : s + config.compress_block],
+            valid[b, s : s + config.compress_block, None],
+        )
+        for b in range(x.shape[0]) for h in range(x.shape[1]) for s in starts
+    ]  # fmt: skip
+    return torch.stack(rows).view(*x.shape[:2], len(starts), x.shape[3])
+
+
+def attention(
+    own: NSAParameters, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool = True,
+    valid: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The gated branches [B, Hq, Tq, Dv] for hidden states [B, Tq, C]."""
+    config, (batch, heads, q_len, dim), kv_len = own.config, q.shape, k.shape[2]
+    scale = dim**-0.5 if scale is None else scale
+    real = torch.ones(batch, kv_len, dtype=torch.bool) if valid is None else valid
+    logits = F.linear(hidden, own.gate.weight, own.gate.bias)
+    gates = logits.sigmoid().view(batch, q_len, heads, 3).transpose(1, 2)
+    k_cmp = compressed(own, own.compress_k, k, real)
+    v_cmp = compressed(own, own.compress_v, v, real)
+    sizes = (config.compress_block, config.compress_stride)
+    o_cmp = _compressed_branch(own, q, k_cmp, v_cmp, real, causal, scale)
+    terms, mask = (valid, None, None, None, None, None), (scale, 0.0, causal, 0)
+    tiling = (config.query_tile, config.select_block)
+    o_slc = torch.zeros_like(o_cmp)
+    if config.num_selected:
+        with torch.no_grad():
+            blocks = select.select_blocks(
+                q, k, k_cmp, *terms, "mean", *mask, None, *tiling, config.num_selected,
+                config.init_blocks, config.select_block + 1, *sizes,
+            )  # fmt: skip
+        o_slc, _ = attend.selected_attention(q, k, v, blocks, *terms, *mask, None, *tiling)
+    tiles, count = -(-q_len // config.query_tile), -(-kv_len // config.select_block)
+    every = torch.arange(count).expand(batch, k.shape[1], tiles, count)
+    o_win, _ = attend.selected_attention(q, k, v, every, *terms, *mask, config.window, *tiling)
+    return (torch.stack((o_cmp, o_slc, o_win), -1) * gates[..., None, :]).sum(-1)
+
+
+def _compressed_branch(
+    own: NSAParameters, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, causal: bool, scale: float
+) -> Tensor:
+    """One softmax over memory and the compressed blocks that a query sees."""
+    sizes = (own.config.compress_block, own.config.compress_stride)
+    seen = visible(q.shape[2], k.shape[2], valid, None, causal, 0, *sizes)[:, None]
+    seen = seen.expand(q.shape[0], 1, -1, -1)
+    if own.memory_k is not None and own.memory_v is not None:
+        batch, count = q.shape[0], own.memory_k.shape[1]
+        k = torch.cat((own.memory_k.expand(batch, -1, -1, -1), k), 2)
+        v = torch.cat((own.memory_v.expand(batch, -1, -1, -1), v), 2)
+        seen = F.pad(seen, (count, 0), value=True)
+    group = q.shape[1] // k.shape[1]
+    scores = scale * q @ k.repeat_interleave(group, 1).transpose(-1, -2)
+    alive = seen.any(-1, keepdim=True)
+    weights = scores.masked_fill(~seen, -torch.inf).where(alive, 0.0).softmax(-1).where(alive, 0.0)
+    return weights @ v.repeat_interleave(group, 1)
