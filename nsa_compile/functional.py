@@ -40,11 +40,13 @@ from nsa_compile.checks import (
     logit_scale,
     pooled_keys,
 )
+from nsa_compile.masked_blocks import blocks_from_mask
 from nsa_compile.packed import packed_ranges
 from nsa_compile.passes import merges
 from nsa_compile.passes.config import NSAConfig
 
 __all__ = [
+    "blocks_from_mask",
     "compress",
     "compressed_attention",
     "nsa_attention",

@@ -55,6 +55,9 @@ def _gates(site: AttentionSite, layer: NSAConfig) -> Refusal | None:
             "torch._dynamo.config.wrap_top_frame"
         )
         return Refusal(Reason.NOT_PREPARED, why)
+    if site.mark is not None and site.mark.overwritten:
+        why = f"node {site.mark.overwritten} writes to the hidden states before the attention"
+        return Refusal(Reason.NOT_PREPARED, why)
     if layer.merge == "gate" and site.mark is None:
         return Refusal(Reason.NOT_PREPARED, "merge='gate'")
     return None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 from torch import fx
 
+from nsa_compile.passes import dialect
+from nsa_compile.passes.masks.mutation import base
 from nsa_compile.passes.match import origin
 from nsa_compile.passes.site import AttentionSite, Mark
 from nsa_compile.passes.templates import template
@@ -26,10 +29,20 @@ def attach(sites: Iterable[AttentionSite], graph: fx.Graph, prepared: Collection
             mark = _read(node)
             inner = template(mark.template).site
             marks[".".join(part for part in (mark.module, inner) if part)] = mark
-        elif node in at:
+            continue
+        for target in dialect.written(node):
+            marks = {at: _written(mark, target, node) for at, mark in marks.items()}
+        if node in at:
             site = at[node]
             site.mark = marks.get(site.module)
             site.unmarked = site.mark is None and site.module in prepared
+
+
+def _written(mark: Mark, target: fx.Node, node: fx.Node) -> Mark:
+    """``mark`` after ``node`` wrote to ``target``: gates of later values are not the layer's."""
+    if base(target) is not base(mark.hidden):
+        return mark
+    return replace(mark, overwritten=dialect.describe(node))
 
 
 def is_mark(node: fx.Node) -> bool:

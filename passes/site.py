@@ -119,6 +119,8 @@ class Mark:
         hidden: node of its hidden states.
         parameters: nodes in the order of the template's names.
         template: its name in ``passes.templates``.
+        overwritten: the node that writes to the hidden states before the attention, described;
+            empty is none.
     """
 
     module: str
@@ -126,6 +128,7 @@ class Mark:
     parameters: tuple[fx.Node, ...]
     template: str
     training: bool
+    overwritten: str = ""
 
 
 @dataclass

@@ -392,6 +392,46 @@ def test_hidden_states_are_found_around_the_attention() -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_hidden_states_that_are_written_to_keep_the_layer() -> None:
+    class Greedy(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            batch, length, _ = x.shape
+            q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            x.mul_(2)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out(y.transpose(1, 2).flatten(2)) + x
+
+    model = nn.Sequential(nn.Linear(16, 16), Greedy())
+    x = torch.randn(2, 40, 16)
+    nsa_compile.prepare(model, SIZES, example_inputs=x)
+    fast = compiled(model)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    (row,) = nsa_compile.report(fast).sites
+    assert row.reason == "not_prepared"
+    assert "writes to the hidden states before the attention" in str(row.reason_text)
+
+
+def test_padding_of_a_hugging_face_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=32, use_cache=False,
+    )  # fmt: skip
+    model = prepared(transformers.LlamaForCausalLM(config), compression="mlp", compress_expand=0.2)
+    fast, tokens = compiled(model), ids(40)
+    mask = torch.ones_like(tokens)
+    mask[0, :13] = 0
+    with torch.no_grad():
+        first = fast(tokens, attention_mask=mask).logits
+        tokens[0, :13] = 3
+        second = fast(tokens, attention_mask=mask).logits
+    assert "padding" in nsa_compile.report(fast).sites[0].mask
+    assert verdicts(fast) == [("model.layers.0.self_attn", None)]
+    torch.testing.assert_close(first[0, 13:], second[0, 13:])
+    torch.testing.assert_close(first[1], second[1])
+
+
 def test_what_cannot_be_prepared_is_refused() -> None:
     with pytest.raises(NSAConfigError, match="prepare needs merge='gate', got merge='softmax'"):
         nsa_compile.prepare(GPT(), {"merge": "softmax"})
