@@ -11,6 +11,7 @@ if (_root / "passes" / "config.py").is_file() and (_root / "pyproject.toml").is_
 
 from nsa_compile.backend import StrictError, nsa  # noqa: E402
 from nsa_compile.compilations import report  # noqa: E402
+from nsa_compile.explain import explain  # noqa: E402
 from nsa_compile.guards import ConversionWarning  # noqa: E402
 from nsa_compile.nn import NSAParameters  # noqa: E402
 from nsa_compile.passes.config import NSAConfig, NSAConfigError  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "NSAParameters",
     "RewriteReport",
     "StrictError",
+    "explain",
     "nsa",
     "prepare",
     "report",

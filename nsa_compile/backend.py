@@ -32,6 +32,7 @@ from nsa_compile.passes.pipeline import Conversion, analyse, rewrite
 from nsa_compile.passes.record import failed_record, record
 from nsa_compile.passes.site import SiteRecord
 from nsa_compile.passes.snapshot import Snapshot
+from nsa_compile.trace import trace
 
 Compiled = Callable[..., Any]
 
@@ -66,12 +67,13 @@ def nsa(
     if mode and config.inner != "inductor":
         raise NSAConfigError(f"mode={mode!r} needs inner='inductor', got inner={config.inner!r}")
     entry = _begin()
-    values = _constant_inputs(gm, example_inputs)
+    values = constant_inputs(gm, example_inputs)
     try:
         conversion = analyse(gm, config, values=values, prepared=prepared_sites(entry.root()))
         entry.records = _records(conversion, entry)
     except Exception as error:
         return _untouched(gm, example_inputs, config, mode, entry, error)
+    trace(entry)
     _enforce_strict(config, entry.records)
     if not conversion.changes:
         return _inner(gm, example_inputs, config, mode)
@@ -124,6 +126,7 @@ def _untouched(
         raise
     entry.failures.append(text)
     entry.records = [failed_record(row, text) for row in entry.records]
+    trace(entry)
     warnings.warn(f"nsa_compile failed and left the model as it was; {text}", ConversionWarning, 2)
     return compiled
 
@@ -155,7 +158,7 @@ def _caller() -> object:
     return nsa
 
 
-def _constant_inputs(
+def constant_inputs(
     gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> dict[fx.Node, torch.Tensor]:
     """Real tensors of placeholders that belong to a module or a global and are not parameters.

@@ -1,11 +1,11 @@
-"""Capture: a model on the meta device -> the graphs that torch.compile would hand to a backend."""
+"""Capture: a model and a call of it -> the graphs that torch.compile would hand to a backend."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,10 @@ from nsa_compile.dynamo_text import headline, mixes_devices
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 # Capturing one model must not be cut short by what else was compiled in this process.
 _NO_LIMIT = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+
+
+# Finds the placeholders of a graph whose values are known, given its example inputs.
+Known = Callable[[fx.GraphModule, Sequence[Any]], dict[fx.Node, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,30 +60,33 @@ class Capture:
 
 
 def capture(
-    model: nn.Module,
+    model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
     dynamic: bool = False,
     values: Mapping[int, torch.Tensor] | None = None,
+    known: Known | None = None,
 ) -> Capture:
-    """Run ``model(*args, **kwargs)`` on the meta device and keep every graph that is compiled.
+    """Run ``model(*args, **kwargs)`` and keep every graph that is compiled.
 
     Args:
-        model: all parameters and buffers on the meta device.
-        args, kwargs: inputs; tensors on the meta device.
+        model, args, kwargs: wholly on the meta device, or on real ones.
         dynamic: capture with symbolic sizes.
         values: real values of buffers, by the ``id`` of the meta tensor in ``model``.
+        known: in place of ``values``, finds in a graph and its inputs which values are known.
 
     Returns:
         The graphs, with failures as values: an exception of the forward is in ``error``.
     """
     start = time.perf_counter()
-    result = _run(model, args, kwargs, dynamic, values or {}, nullcontext())
-    if result.error is not None and mixes_devices(result.error):
+    on_meta = known is None
+    known = known or _standing_for(values or {})
+    result = _run(model, args, kwargs, dynamic, known, nullcontext())
+    if on_meta and result.error is not None and mixes_devices(result.error):
         # The forward makes tensors without naming a device. Dynamo traces a default device three
         # times slower, so only models that need it pay for it.
-        result = _run(model, args, kwargs, dynamic, values or {}, _META)
+        result = _run(model, args, kwargs, dynamic, known, _META)
     result.seconds = time.perf_counter() - start
     for graph in result.graphs:
         _constants_to_cpu(graph.gm.graph)
@@ -87,15 +94,15 @@ def capture(
 
 
 def _run(
-    model: nn.Module,
+    model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     dynamic: bool,
-    values: Mapping[int, torch.Tensor],
+    known: Known,
     default_device: AbstractContextManager[Any],
 ) -> Capture:
     result = Capture()
-    compiled = torch.compile(model, backend=_keeper(result, values), dynamic=dynamic)
+    compiled = torch.compile(model, backend=_keeper(result, known), dynamic=dynamic)
     limits = torch._dynamo.config.patch(**_NO_LIMIT)
     with _dynamo_counters(result), _sizes_forgotten(), limits, default_device:
         try:
@@ -105,18 +112,28 @@ def _run(
     return result
 
 
-def _keeper(result: Capture, values: Mapping[int, torch.Tensor]) -> Callable[..., Any]:
-    """A backend that keeps its graphs in ``result`` and runs them as they are."""
-    frames: dict[str, list[str]] = {}
+def _standing_for(values: Mapping[int, torch.Tensor]) -> Known:
+    """The values of placeholders whose example input stands for one of ``values``."""
 
-    def keep(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def known(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
         placeholders = gm.graph.find_nodes(op="placeholder")
-        known = {
+        return {
             node: values[id(value)]
             for node, value in zip(placeholders, example_inputs, strict=True)
             if id(value) in values
         }
-        result.graphs.append(CapturedGraph(gm, known, _compile_id(frames), traced_module()))
+
+    return known
+
+
+def _keeper(result: Capture, known: Known) -> Callable[..., Any]:
+    """A backend that keeps its graphs in ``result`` and runs them as they are."""
+    frames: dict[str, list[str]] = {}
+
+    def keep(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        result.graphs.append(
+            CapturedGraph(gm, known(gm, example_inputs), _compile_id(frames), traced_module())
+        )
         forward: Callable[..., Any] = gm.forward
         return forward
 

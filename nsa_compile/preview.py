@@ -16,11 +16,9 @@ import nsa_compile.kernels.library  # noqa: F401  (the rewriter names its operat
 from nsa_compile.capture import Capture, capture
 from nsa_compile.dynamo_text import describe, mixes_devices, needs_data
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.pipeline import analyse, rewrite
-from nsa_compile.passes.record import failed_record, record
-from nsa_compile.passes.site import SiteRecord
 from nsa_compile.report import RewriteReport
 from nsa_compile.targets import Request, Target, load
+from nsa_compile.verdicts import verdicts
 
 
 class ForwardError(Exception):
@@ -40,7 +38,7 @@ def preview(request: Request, config: NSAConfig) -> tuple[RewriteReport, list[st
         step("capturing the graph")
         captured = _captured(target, request)
         step("converting")
-        report = _report(target, captured, config)
+        report = verdicts(target.name, captured, config)
     return report, target.notes + captured.notes
 
 
@@ -66,24 +64,6 @@ def _captured(target: Target, request: Request) -> Capture:
         f"the forward of {target.name} failed with these inputs ({_shapes(target)}): "
         f"{describe(error)}; {todo}"
     ) from error
-
-
-def _report(target: Target, captured: Capture, config: NSAConfig) -> RewriteReport:
-    records: list[SiteRecord] = []
-    failures = list(captured.failures)
-    for graph in captured.graphs:
-        rows: list[SiteRecord] = []
-        try:
-            conversion = analyse(graph.gm, config, values=graph.values)
-            rows = [record(decision, graph.compile_id) for decision in conversion.decisions]
-            if conversion.changes:
-                rewrite(graph.gm, conversion)
-        except Exception as error:  # ours, not the user's: reported as the backend reports it
-            text = f"graph {graph.compile_id} stays dense: {describe(error)}"
-            failures.append(text)
-            rows = [failed_record(row, text) for row in rows]
-        records += rows
-    return RewriteReport.merge(target.name, records, failures)
 
 
 def _shapes(target: Target) -> str:

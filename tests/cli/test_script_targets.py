@@ -84,7 +84,7 @@ def test_a_failure_of_ours_is_reported_as_the_backend_reports_it(
     def fail(*_: object, **__: object) -> None:
         raise KeyError("q")
 
-    monkeypatch.setattr(f"nsa_compile.preview.{broken}", fail)
+    monkeypatch.setattr(f"nsa_compile.verdicts.{broken}", fail)
     outcome = convert(MODELS, "--option", "strict=true")
     assert outcome.status == 1
     assert outcome.json["failures"] == ["graph 0/0 stays dense: KeyError: 'q'"]
