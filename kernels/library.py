@@ -9,4 +9,5 @@ import nsa_compile.kernels.compressed.op
 import nsa_compile.kernels.marker.op
 import nsa_compile.kernels.refine.op
 import nsa_compile.kernels.score.op
-import nsa_compile.kernels.select.op  # noqa: F401
+import nsa_compile.kernels.select.op
+import nsa_compile.kernels.topk.op  # noqa: F401

@@ -13,6 +13,7 @@ from typing import Any
 MERGES = ("softmax", "gate")
 SCORERS = ("channels", "mean")
 INNERS = ("inductor", "aot_eager", "eager")
+SELECTORS = ("nsa", "local", "strided", "block_diagonal", "topk")
 COMPRESSIONS = ("mean", "weighted", "linear", "mlp", "conv", "attention")
 
 # Fields left as None take the value of their merge. "gate" has the paper's sizes (arXiv 2502.11089,
@@ -53,6 +54,11 @@ class NSAConfig:
             ``"gate"`` is the NSA paper's three gated branches (needs trained weights).
         scorer: who chooses blocks: ``"channels"`` (the strongest channels of full-resolution keys)
             or ``"mean"`` (mean-pooled keys, the paper).
+        selector: ``"nsa"`` leaves the choice to ``scorer``; ``"local"``, ``"strided"`` and
+            ``"block_diagonal"`` choose by position alone, ``"topk"`` by exact attention (as much
+            work as dense attention); or a function ``(q, k, *, config, offset, valid)`` that
+            returns block indices [B, Hkv, ceil(Tq / query_tile), n]. All but ``"nsa"`` force no
+            block: ``init_blocks``, ``scorer`` and, without gates, ``window`` have no part in it.
         score_channels: channels that ``"channels"`` keeps; None is a quarter of D, at least 16.
         query_tile: queries that share one selection; 1 is the paper's token-granular form.
         compress_block: l, tokens in a compressed block (scorer ``"mean"``, merge ``"gate"``).
@@ -85,6 +91,7 @@ class NSAConfig:
 
     merge: str = "softmax"
     scorer: str | None = None
+    selector: Any = "nsa"
     score_channels: int | None = None
     query_tile: int | None = None
     compress_block: int = 32
@@ -116,6 +123,8 @@ class NSAConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _one_of("scorer", self.scorer, SCORERS)
+        if isinstance(self.selector, str) or not callable(self.selector):
+            _one_of("selector", self.selector, (*SELECTORS, "a function"))
         self._check_integers()
         self._check_sizes()
         self._check_learned()
@@ -152,7 +161,7 @@ class NSAConfig:
     def proposed_blocks(self) -> int:
         """Blocks that the scorer proposes to a tile; ``num_selected`` when nobody looks again."""
         budget = self.num_selected or 0
-        if self.scorer != "channels":
+        if self.scorer != "channels" or self.selector != "nsa":
             return budget
         if self.candidates is not None:
             return self.candidates
@@ -165,7 +174,8 @@ class NSAConfig:
 
     def sizes(self) -> dict[str, Any]:
         """The fields that shape one layer's conversion, for reports."""
-        skip = {*_NOT_PER_LAYER, *(() if self.merge == "gate" else _LEARNED)}
+        skip = {"selector"} if self.selector == "nsa" else set()
+        skip |= {*_NOT_PER_LAYER, *(() if self.merge == "gate" else _LEARNED)}
         return {
             f.name: _plain(getattr(self, f.name))
             for f in dataclasses.fields(self)
@@ -223,7 +233,7 @@ class NSAConfig:
                 f"num_selected={self.num_selected}"
             )
         forced = self.forced_blocks()
-        if self.merge == "softmax" and (self.num_selected or 0) < forced:
+        if self.merge == "softmax" and self.selector == "nsa" and (self.num_selected or 0) < forced:
             raise NSAConfigError(
                 f"num_selected={self.num_selected} cannot hold the forced blocks: "
                 f"init_blocks={self.init_blocks} and the {forced - self.init_blocks} blocks of "

@@ -82,6 +82,8 @@ def _dense(site: AttentionSite) -> Size:
 def _scoring(site: AttentionSite, config: NSAConfig) -> Size:
     """Every visible key on r channels, or every compressed block on all of them."""
     scored = pairs(site)
+    if config.selector != "nsa":  # by position, unless it looks at everything
+        return _heads(site) * 2 * site.head_dim * scored if config.selector == "topk" else 0
     if config.scorer == "channels":
         return _heads(site) * 2 * config.channels(site.head_dim) * scored
     return _heads(site) * 2 * site.head_dim * (scored // config.compress_stride)

@@ -169,6 +169,8 @@ def _sizes(site: AttentionSite, config: NSAConfig) -> Refusal | None:
     """The forced blocks of this mask must fit the budget, whatever its offset's alignment."""
     if config.merge == "gate":
         return _gated(site)
+    if config.selector != "nsa":  # forces no block
+        return None
     if not isinstance(site.mask, Mask):
         return None
     offset = site.mask.offset if isinstance(site.mask.offset, int) else None

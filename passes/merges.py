@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.selectors import choose
 from nsa_compile.passes.templates import Learned
 
 Terms = tuple[Tensor | None, ...]
@@ -112,6 +113,9 @@ def chosen_blocks(
 ) -> Tensor:
     """int32 [B, Hkv, NT * n]; where the scorer proposes more than n, exact logits choose."""
     ops, valid, dim = torch.ops.nsa, terms[0], q.shape[3]
+    if options.selector != "nsa":
+        scale, _, causal, offset, _ = logits
+        return choose(q, k, valid, options, scale, causal, offset)
     compression = (options.compress_block, options.compress_stride)
     if options.scorer == "channels":
         summary = ops.channels(q, k, valid, options.channels(dim), choice.dense_len)

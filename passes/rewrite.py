@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
+from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.emit import Caller
 from nsa_compile.passes.erase import erase_unused
 from nsa_compile.passes.gate import attend
 from nsa_compile.passes.merges import SPARE_ROWS
+from nsa_compile.passes.selectors import bound
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
 from nsa_compile.passes.visibility import Visibility, row
 
@@ -82,33 +85,46 @@ class Rewriter:
             out = call(attend, *held, q, k, v, *where)
             out = call.steps(out, site.output_steps)
             return call.cast(out, dialect.value(site.output).dtype), None
-        if config.scorer == "channels":
-            r = config.channels(site.head_dim)
-            summary = call(ops.channels.default, q, k, valid, r, config.dense_len)
-        else:
-            sizes = (config.compress_block, config.compress_stride)
-            summary = call(ops.compress.default, k, valid, *sizes, SPARE_ROWS, config.dense_len)
-        alibi = _alibi(site, call)
         logits = (site.scale, site.modifiers.softcap, causal, mask.offset, mask.window)
-        blocks = call(
-            ops.select_blocks.default,
-            q, k, summary, *visible, *alibi, config.scorer, *logits,
-            config.query_tile, config.select_block, config.proposed_blocks(), config.init_blocks,
-            config.window, config.compress_block, config.compress_stride, config.dense_len,
-        )  # fmt: skip
-        if config.proposed_blocks() > (config.num_selected or 0):
-            blocks = call(
-                ops.refine_blocks.default,
-                q, k, blocks, *visible, *alibi, *logits,
-                config.query_tile, config.select_block, config.num_selected, config.init_blocks,
-                config.window, config.dense_len,
-            )  # fmt: skip
+        terms = (*visible, *_alibi(site, call))
+        if config.selector == "nsa":
+            blocks = _blocks(q, k, site.head_dim, config, terms, logits, call)
+        else:
+            blocks = call(bound(config), q, k, valid, site.scale, causal, mask.offset)
         attention = call(
             ops.selected_attention.default,
-            q, k, v, blocks, *visible, *alibi, *logits,
+            q, k, v, blocks, *terms, *logits,
             config.query_tile, config.select_block, config.dense_len,
         )  # fmt: skip
         return _result(site, mask, attention, v, call), _lse(site, mask, attention, call)
+
+
+def _blocks(
+    q: fx.Node, k: fx.Node, head_dim: int, config: NSAConfig, terms: tuple[Any, ...],
+    logits: tuple[Any, ...], call: Caller,
+) -> fx.Node:  # fmt: skip
+    """The blocks that the scorer chooses."""
+    ops, valid = torch.ops.nsa, terms[0]
+    if config.scorer == "channels":
+        r = config.channels(head_dim)
+        summary = call(ops.channels.default, q, k, valid, r, config.dense_len)
+    else:
+        sizes = (config.compress_block, config.compress_stride)
+        summary = call(ops.compress.default, k, valid, *sizes, SPARE_ROWS, config.dense_len)
+    blocks = call(
+        ops.select_blocks.default,
+        q, k, summary, *terms, config.scorer, *logits,
+        config.query_tile, config.select_block, config.proposed_blocks(), config.init_blocks,
+        config.window, config.compress_block, config.compress_stride, config.dense_len,
+    )  # fmt: skip
+    if config.proposed_blocks() > (config.num_selected or 0):
+        blocks = call(
+            ops.refine_blocks.default,
+            q, k, blocks, *terms, *logits,
+            config.query_tile, config.select_block, config.num_selected, config.init_blocks,
+            config.window, config.dense_len,
+        )  # fmt: skip
+    return blocks
 
 
 def _operands(site: AttentionSite, call: Caller) -> tuple[fx.Node, fx.Node, fx.Node]:

@@ -152,7 +152,7 @@ class NSAParameters(nn.Module):
     def _describe(self) -> str:
         """A name that equal modules have in common; modules of the user's are never equal."""
         config = self.config
-        own = [m for m in (config.gate, config.compression) if callable(m)]
+        own = [x for x in (config.gate, config.compression, config.selector) if callable(x)]
         shapes = [
             (name, tuple(x.shape)) for name, x in zip(self.names, self.tensors(), strict=True)
         ]
@@ -209,7 +209,9 @@ def _memory(config: NSAConfig, heads: int, dim: int) -> nn.Parameter | None:
 
 
 def _name(module: Any) -> str:
-    """A name of the user's module that its copies keep, in other processes too."""
+    """A name of the user's module or function that its copies keep, in other processes too."""
+    if not hasattr(module, "__dict__"):  # a built-in function
+        return str(module.__qualname__)
     if not hasattr(module, "_nsa_name"):
         module._nsa_name = uuid.uuid4().hex
     name: str = module._nsa_name

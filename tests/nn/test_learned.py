@@ -155,11 +155,17 @@ def test_a_module_of_the_wrong_shape_is_refused() -> None:
             own(hidden, k, v, None)
 
 
+def chosen(*args: Any, **given: Any) -> Any:
+    """Some selector."""
+
+
 def test_equal_modules_share_a_template_and_others_do_not() -> None:
     one = made(compression="mlp")
     assert made(compression="mlp").template == one.template == copy.deepcopy(one).template
     other = made(compression="mlp", window=11).template
     assert len({one.template, other, made(compression="conv").template}) == 3
+    selectors = [made(selector=each).template for each in ("local", chosen, lambda *x, **y: x, len)]
+    assert len(set(selectors)) == 4
     last, again = Last(), Last()
     assert made(compression=last).template == made(compression=last).template
     assert made(compression=last).template != made(compression=again).template
