@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
@@ -66,9 +67,10 @@ def erase_marks(gm: fx.GraphModule) -> None:
 
 
 def _read(node: fx.Node) -> Mark:
-    hidden, parameters, name, training = node.args
+    given: Any = node.args
+    hidden, parameters, name, training = given
     module, _ = origin.module(node)
-    return Mark(module, hidden, tuple(parameters), str(name), bool(training))  # type: ignore[arg-type]
+    return Mark(module, hidden, tuple(parameters), str(name), bool(training))
 
 
 def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
