@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,9 +100,17 @@ def compare(program: Program, model: Written, fast: Written, length: int) -> Non
             (y * torch.linspace(-1, 1, y.shape[-1])).sum().backward()
             result.append(x_.grad)
         results.append(result)
+    rounding = torch.zeros(())
+    if program.dtype != torch.float32:
+        # What the dense layer's own rounding costs it, distances of ALiBi above all.
+        exact = Written(replace(program, dtype=torch.float32))
+        exact.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            error = exact(x.float(), keep, ids)[rows] - results[0][0]
+        rounding = error.abs().nan_to_num(0).max()
     for name, dense, sparse in zip(("output", "gradient"), *results, strict=False):
         scale = dense.abs().nan_to_num(0).max().clamp(min=1.0)
-        limit = TOLERANCE[program.dtype]
+        limit = TOLERANCE[program.dtype] + float(rounding / scale)
         torch.testing.assert_close(
             sparse / scale, dense / scale, rtol=0, atol=limit, equal_nan=True,
             msg=lambda text, name=name: f"{name} of {program}: {text}",
