@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from nsa_compile.kernels.autocast import autocast_dtype
 from nsa_compile.passes.config import NSAConfig
 
 
@@ -27,7 +28,7 @@ def pooled_keys(
         return torch.ops.nsa.compress(k, valid, length, stride)
     batch, heads, kv_len, dim = k.shape
     expected = [batch, heads, max(0, (kv_len - length) // stride + 1), dim]
-    if list(k_cmp.shape) != expected or k_cmp.dtype != k.dtype:
+    if list(k_cmp.shape) != expected or autocast_dtype(k_cmp) != autocast_dtype(k):
         raise ValueError(
             f"k_cmp must be [B, Hkv, Nc, D] = {expected} in {k.dtype}, got {list(k_cmp.shape)} in "
             f"{k_cmp.dtype}"
@@ -58,7 +59,7 @@ def check_inputs(
     for name, tensor, layout in named:
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be {layout}, got {list(tensor.shape)}")
-        if tensor.dtype != q.dtype or not tensor.is_floating_point():
+        if autocast_dtype(tensor) != autocast_dtype(q) or not tensor.is_floating_point():
             raise ValueError(
                 f"q, {key} and {value} must have one floating dtype, got {name} in {tensor.dtype} "
                 f"and q in {q.dtype}"

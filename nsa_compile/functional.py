@@ -16,6 +16,9 @@ key's index); both are constants to autograd.
 Sequences of several lengths, one after another in one row: ``cu_seqlens``, integers [S + 1], holds
 their boundaries ``[0, len_0, len_0 + len_1, ...]``, Tk at the end. Tq is Tk then, and a query sees
 keys of its own sequence alone. It stands in the place of ``ranges``.
+
+Under ``torch.autocast`` queries, keys and values are cast to its dtype, as those of
+``scaled_dot_product_attention`` are; that is the ``q.dtype`` of a result then.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from nsa_compile.checks import (
     logit_scale,
     pooled_keys,
 )
+from nsa_compile.kernels.autocast import autocast_dtype
 from nsa_compile.masked_blocks import blocks_from_mask
 from nsa_compile.packed import packed_ranges
 from nsa_compile.passes import merges
@@ -316,7 +320,8 @@ def nsa_attention(
         v: [B, Hkv, Tk, Dv], the dtype of q.
         gates: [B, Hq, Tq, 3], floating, of the compressed, selected and window branch, used as
             they are: a sigmoid is the caller's. For ``merge="gate"`` alone.
-        config: NSAConfig, a mapping of its options, or None for the defaults.
+        config: NSAConfig, a mapping of its options, or None for the defaults; a compiled function
+            with ``fullgraph=True`` needs an NSAConfig that was made outside of it.
         window: the site's own sliding window; ``config.window`` is what is always read.
         scale: of the logits; None is ``1 / sqrt(D)``.
 
@@ -333,6 +338,7 @@ def nsa_attention(
     check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     options = NSAConfig.from_options(config)
     check_gates(gates, q, options.merge)
+    q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))  # once, not in each operator
     factor = logit_scale(scale, q.shape[3])
     if gates is not None:
         check_gated_terms(window, query_segments, slopes, softcap)

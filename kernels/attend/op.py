@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nsa_compile.kernels import geometry
 from nsa_compile.kernels.attend import cpu, dense
 from nsa_compile.kernels.attend.site import Site
+from nsa_compile.kernels.autocast import register_autocast
 from nsa_compile.kernels.autograd import once_differentiable
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.layout import empty_token_major, token_major
@@ -153,6 +154,7 @@ torch.library.register_autograd(
 )
 
 once_differentiable(_lib, "selected_attention_backward")
+register_autocast(_lib, "selected_attention", "q", "k", "v")
 
 
 @register_flop_formula(torch.ops.nsa.selected_attention)

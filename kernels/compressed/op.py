@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from nsa_compile.kernels.autocast import register_autocast
 from nsa_compile.kernels.autograd import once_differentiable
 from nsa_compile.kernels.compressed import cpu
 from nsa_compile.kernels.compressed.site import Site
@@ -121,6 +122,7 @@ torch.library.register_autograd(
 )
 
 once_differentiable(_lib, "compressed_attention_backward")
+register_autocast(_lib, "compressed_attention", "q", "k_cmp", "v_cmp")
 
 
 @register_flop_formula(torch.ops.nsa.compressed_attention)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.kernels import geometry
+from nsa_compile.kernels.autocast import register_autocast
 from nsa_compile.kernels.autograd import not_differentiable
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.modifiers import Modifiers
@@ -70,6 +71,7 @@ _lib.impl("refine_blocks", _dispatch(lambda: cpu.refine_blocks), "CPU")
 _lib.impl("refine_blocks", _dispatch(lambda: launchers("refine").refine_blocks), "CUDA")
 
 not_differentiable(_lib, "refine_blocks")
+register_autocast(_lib, "refine_blocks", "q", "k")
 
 
 @register_flop_formula(torch.ops.nsa.refine_blocks)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from nsa_compile.kernels.autocast import register_autocast
 from nsa_compile.kernels.autograd import not_differentiable
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.score import cpu
@@ -39,6 +40,7 @@ def _fake(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int, dense_l
 
 
 not_differentiable(_lib, "channels")
+register_autocast(_lib, "channels", "q", "k")
 
 
 @register_flop_formula(torch.ops.nsa.channels)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.kernels import geometry
+from nsa_compile.kernels.autocast import register_autocast
 from nsa_compile.kernels.autograd import not_differentiable
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.modifiers import Modifiers
@@ -82,6 +83,7 @@ _lib.impl("select_blocks", _dispatch(lambda: cpu.select_blocks), "CPU")
 _lib.impl("select_blocks", _dispatch(lambda: launchers("select").select_blocks), "CUDA")
 
 not_differentiable(_lib, "select_blocks")
+register_autocast(_lib, "select_blocks", "q", "k", "summary")
 
 
 # Arguments between the scorer and dense_len.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nsa_compile.kernels import geometry
+from nsa_compile.kernels.autocast import register_autocast
 from nsa_compile.kernels.autograd import not_differentiable
 from nsa_compile.kernels.precision import accumulator
 
@@ -86,3 +87,4 @@ def _fake(
 
 
 not_differentiable(_lib, "topk_blocks")
+register_autocast(_lib, "topk_blocks", "q", "k")
