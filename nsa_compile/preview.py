@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ import nsa_compile.kernels.library  # noqa: F401  (the rewriter names its operat
 from nsa_compile.capture import Capture, capture
 from nsa_compile.dynamo_text import describe, mixes_devices, needs_data
 from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.projection import LENGTHS
 from nsa_compile.report import RewriteReport
 from nsa_compile.targets import Request, Target, load
 from nsa_compile.verdicts import verdicts
@@ -25,8 +26,12 @@ class ForwardError(Exception):
     """The model's own forward refused the inputs."""
 
 
-def preview(request: Request, config: NSAConfig) -> tuple[RewriteReport, list[str]]:
+def preview(
+    request: Request, config: NSAConfig, lengths: Sequence[int] = LENGTHS
+) -> tuple[RewriteReport, list[str]]:
     """What the backend would do to the model that ``request`` names -> report, notes.
+
+    ``lengths`` are those of the predicted costs.
 
     Raises:
         TargetError: the target cannot be used.
@@ -38,7 +43,7 @@ def preview(request: Request, config: NSAConfig) -> tuple[RewriteReport, list[st
         step("capturing the graph")
         captured = _captured(target, request)
         step("converting")
-        report = verdicts(target.name, captured, config)
+        report = verdicts(target.name, captured, config, lengths)
     return report, target.notes + captured.notes
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nsa_compile.capture import Capture
 from nsa_compile.dynamo_text import describe
 from nsa_compile.nn.parameters import prepared_sites
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.pipeline import analyse, rewrite
+from nsa_compile.passes.projection import LENGTHS
 from nsa_compile.passes.record import failed_record, record
 from nsa_compile.passes.site import SiteRecord
 from nsa_compile.report import RewriteReport
 
 
-def verdicts(name: str, captured: Capture, config: NSAConfig) -> RewriteReport:
-    """The report on the model ``name``; rewrites the graphs of ``captured`` in place."""
+def verdicts(
+    name: str, captured: Capture, config: NSAConfig, lengths: Sequence[int] = LENGTHS
+) -> RewriteReport:
+    """The report on the model ``name``; rewrites the graphs of ``captured`` in place.
+
+    Costs are predicted for sequences of ``lengths`` tokens.
+    """
     records: list[SiteRecord] = []
     failures = list(captured.failures)
     for graph in captured.graphs:
@@ -21,7 +29,9 @@ def verdicts(name: str, captured: Capture, config: NSAConfig) -> RewriteReport:
         try:
             prepared = prepared_sites(graph.root)
             conversion = analyse(graph.gm, config, values=graph.values, prepared=prepared)
-            rows = [record(decision, graph.compile_id) for decision in conversion.decisions]
+            rows = [
+                record(decision, graph.compile_id, lengths) for decision in conversion.decisions
+            ]
             if conversion.changes:
                 rewrite(graph.gm, conversion)
         except Exception as error:  # ours, not the user's: reported as the backend reports it

@@ -10,6 +10,7 @@ where a model writes them out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +26,8 @@ _WRITTEN_OUT = "eager"
 _LONGEST = 1 << 24
 
 
-def projection(decision: Decision) -> dict[str, Any]:
-    """``costs`` at :data:`LENGTHS` and ``predicted_break_even``; empty where lengths are not free.
+def projection(decision: Decision, lengths: Iterable[int] = LENGTHS) -> dict[str, Any]:
+    """``costs`` at ``lengths`` and ``predicted_break_even``; empty where lengths are not free.
 
     Queries and keys must be equally many: attention to something of another length (an image, a
     cache) does not grow with the sequence alone. The mask is taken to keep its form. A batch that
@@ -40,7 +41,7 @@ def projection(decision: Decision) -> dict[str, Any]:
         site = replace(site, batch=1)
     sparse = config if decision.converted else None
     return {
-        "costs": [_costs(_at(site, length), sparse) for length in LENGTHS],
+        "costs": [_costs(_at(site, length), sparse) for length in lengths],
         "predicted_break_even": _break_even(site, config) if decision.converted else None,
     }
 

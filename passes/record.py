@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +11,14 @@ from torch import fx
 
 from nsa_compile.passes.cost import flops_dense, flops_sparse, size, text
 from nsa_compile.passes.evidence import evidence
-from nsa_compile.passes.projection import projection
+from nsa_compile.passes.projection import LENGTHS, projection
 from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.site import Decision, SiteRecord
 from nsa_compile.passes.templates import template
 
 
-def record(decision: Decision, compile_id: str) -> SiteRecord:
-    """The report row of one verdict: plain values that keep no graph alive."""
+def record(decision: Decision, compile_id: str, lengths: Iterable[int] = LENGTHS) -> SiteRecord:
+    """The report row of one verdict, with its cost at ``lengths``; it keeps no graph alive."""
     site, refusal = decision.site, decision.refusal
     unused = _unused(decision)
     return SiteRecord(
@@ -46,7 +47,7 @@ def record(decision: Decision, compile_id: str) -> SiteRecord:
         compile_id=compile_id,
         modifiers=site.modifiers.describe(),
         extra={
-            **projection(decision),
+            **projection(decision, lengths),
             "evidence": evidence(decision),
             **({"unused_parameters": unused} if unused else {}),
         },

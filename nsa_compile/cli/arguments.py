@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from nsa_compile.cli.values import UsageError, positive
+from nsa_compile.cli.values import UsageError, lengths, positive
+from nsa_compile.passes.projection import LENGTHS
 from nsa_compile.targets import EXPECTED
 
 _DESCRIPTION = """\
@@ -80,6 +81,13 @@ def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON")
     group.add_argument("--markdown", type=Path, metavar="PATH", help="write it as Markdown")
     group.add_argument("--html", type=Path, metavar="PATH", help="write it as one HTML file")
+    group.add_argument(
+        "--lengths",
+        type=lengths,
+        default=LENGTHS,
+        metavar="T,...",
+        help="predict costs for sequences of these lengths (default 4096,8192,...,262144)",
+    )
     group.add_argument(
         "--explain",
         metavar="LAYER",

@@ -48,7 +48,7 @@ def _run(arguments: argparse.Namespace) -> int:
     fatal = reasons("--fail-on", arguments.fail_on)
     for flag, path, _ in _files(arguments):
         check_writable(flag, path)
-    report, notes = preview(_request(arguments), config)
+    report, notes = preview(_request(arguments), config, arguments.lengths)
     _print(report) if arguments.explain is None else _explain(report, arguments.explain)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -28,6 +28,11 @@ def positive(text: str) -> int:
     return value
 
 
+def lengths(text: str) -> tuple[int, ...]:
+    """``"8192,32768"`` -> the numbers, each once and ascending."""
+    return tuple(sorted({positive(part) for part in text.split(",")}))
+
+
 def pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:
     """``["window=64", "scorer=mean"]`` -> values by name."""
     values: dict[str, Any] = {}

@@ -62,9 +62,8 @@ def break_even(sites: list[SiteRecord]) -> int | None:
 def prediction(sites: list[SiteRecord]) -> str:
     """The sentence under a table or chart of costs."""
     known, length = projected(sites), break_even(sites)
-    text = "Predicted from counts, not measured"
-    if len(known) < len(sites):
-        text += f", for {len(known)} of {len(sites)} layers"
+    which = "all layers" if len(known) == len(sites) else f"{len(known)} of {len(sites)} layers"
+    text = f"Costs of {which} together, predicted from counts, not measured"
     if any(site.decision == "converted" for site in known):
         text += "; predicted break-even: "
         text += "none" if length is None else f"{length} tokens"

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nsa_compile.report.costs import METRICS, costs, prediction
 from nsa_compile.report.rows import Row, rows
 from nsa_compile.report.summary import dense_at_this_length, kept_groups, summary
 
@@ -31,6 +32,8 @@ def table(report: RewriteReport) -> RenderableType:
     note = dense_at_this_length(report)
     if note:
         parts.append(Text(f"note: {note}", "dim"))
+    if report.converted:
+        parts += _costs(report)
     for group in kept_groups(report):
         layers = "layer" if group.count == 1 else "layers"
         parts.append(
@@ -63,6 +66,19 @@ def _grid(report: RewriteReport) -> Table:
     for row in rows(report.sites):
         grid.add_row(*_cells(row))
     return grid
+
+
+def _costs(report: RewriteReport) -> list[RenderableType]:
+    """All layers together at other lengths, and what is predicted about it."""
+    rows_of_costs = costs(report.sites)
+    if not rows_of_costs:
+        return []
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in ("tokens", *METRICS.values()):
+        grid.add_column(heading, justify="right" if heading == "tokens" else "left")
+    for row in rows_of_costs:
+        grid.add_row(*row.texts())
+    return [grid, Text(""), Text(prediction(report.sites), "dim")]
 
 
 def _cells(row: Row) -> list[Text]:

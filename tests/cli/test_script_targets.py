@@ -25,6 +25,16 @@ def test_a_model_with_a_tril_buffer_is_proven_by_the_values_of_the_buffer(conver
     assert "2 of 2 attention layers converted" in outcome.out
 
 
+def test_costs_at_chosen_lengths_each_once_and_ascending(convert: Runner) -> None:
+    outcome = convert(MODELS, "--lengths", "32768, 9000,32768", "--option", "dense_len=4096")
+    assert [row["length"] for row in outcome.json["costs"]] == [9000, 32768]
+    assert [row["length"] for row in outcome.site()["costs"]] == [9000, 32768]
+    assert outcome.json["predicted_break_even"] == outcome.site()["predicted_break_even"]
+    assert f"predicted break-even: {outcome.json['predicted_break_even']} tokens" in " ".join(
+        outcome.out.split()
+    )
+
+
 @pytest.mark.parametrize(
     "builder", ["by_keyword", "by_position", "on_cuda", "mixed", "just_a_model"]
 )

@@ -16,10 +16,11 @@ import torch
 
 from nsa_compile.cli import main
 from nsa_compile.passes.config import NSAConfig
+from tests import golden
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-REPORT = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -40,17 +41,20 @@ def test_the_python_blocks_run_in_order(
     assert "2 of 2 attention layers converted" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("session", blocks("console") + blocks("console", REPORT))
+@pytest.mark.parametrize(
+    ("page", "session"),
+    [(page, session) for page in PAGES for session in blocks("console", page.read_text("utf-8"))],
+)
 def test_the_pasted_outputs_are_what_the_commands_print(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, session: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, page: Path, session: str
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "100")
-    command, _, expected = session.partition("\n")
+    command, *_ = session.partition("\n")
     program, *argv = shlex.split(command.removeprefix("$ "))
     assert program == "nsa-convert"
     assert main(argv) == 0
-    assert capsys.readouterr().out == expected
+    golden.check_part(page, session, f"{command}\n{capsys.readouterr().out}")
 
 
 def test_the_options_table_has_every_option_with_its_default() -> None:

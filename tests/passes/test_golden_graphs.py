@@ -1,11 +1,7 @@
-"""Graphs before and after the rewrite, as text: what a reader of this compiler would print.
-
-NSA_WRITE_GOLDEN=1 pytest tests/passes/test_golden_graphs.py    # writes them anew
-"""
+"""Graphs before and after the rewrite, as text: what a reader of this compiler would print."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +14,7 @@ import nsa_compile.kernels.library  # noqa: F401
 from nsa_compile.passes import dialect
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.pipeline import analyse, rewrite
+from tests import golden
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = NSAConfig(select_block=16, query_tile=16, num_selected=4, window=16, dense_len=0)
@@ -80,11 +77,7 @@ def test_graphs(name: str) -> None:
     qkv = [torch.randn(1, 2, 64, 16) for _ in range(3)]
     keep = [torch.ones(1, 64, dtype=torch.bool)] if name.endswith("padding") else []
     torch.compile(CASES[name], backend=backend, fullgraph=True)(*qkv, *keep)
-    found = "before\n{}\nafter\n{}".format(*texts)
-    path = GOLDEN / f"{name}.txt"
-    if os.environ.get("NSA_WRITE_GOLDEN"):
-        path.write_text(found)
-    assert found == path.read_text()
+    golden.check(GOLDEN / f"{name}.txt", "before\n{}\nafter\n{}".format(*texts))
 
 
 def _text(gm: fx.GraphModule) -> str:

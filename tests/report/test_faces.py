@@ -1,10 +1,9 @@
-"""Golden outputs of the report's faces; NSA_GOLDEN=write renews them."""
+"""Golden outputs of the report's faces; tests/golden.py says how to renew them."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 
 from nsa_compile.report import RewriteReport
+from tests import golden
 from tests.report.sample import make_record, sample_report
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,10 +24,7 @@ def _fixed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(name: str, text: str) -> None:
-    path = GOLDEN / name
-    if os.environ.get("NSA_GOLDEN") == "write":
-        path.write_text(text + "\n", encoding="utf-8")
-    assert text + "\n" == path.read_text(encoding="utf-8")
+    golden.check(GOLDEN / name, text + "\n")
 
 
 def test_text() -> None:

@@ -139,7 +139,7 @@ def test_costs_are_drawn_and_called_a_prediction() -> None:
     assert all("predicted" in text for _, text in charts)
     points = [attributes["points"].split() for attributes, _ in page.all("polyline")]
     assert [len(each) for each in points] == [7] * 6
-    assert "for 5 of 6 layers" in "".join(text for _, text in page.all("p"))
+    assert "5 of 6 layers together" in "".join(text for _, text in page.all("p"))
     assert page.all("line", "break-even")
     assert Page(sample_report().to_html()).all("figure") == []
 

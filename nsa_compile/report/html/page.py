@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nsa_compile.report.costs import METRICS, break_even, costs, prediction
+from nsa_compile.report.costs import METRICS, CostAt, break_even, costs, prediction
 from nsa_compile.report.html.chart import chart
 from nsa_compile.report.html.detail import detail
 from nsa_compile.report.html.markup import Markup, joined, table, tag
@@ -80,20 +80,23 @@ def _layers(report: RewriteReport) -> list[Markup]:
 
 def _costs(report: RewriteReport) -> list[Markup]:
     rows = costs(report.sites)
-    if len(rows) < 2:
+    if not rows:
         return []
+    return [
+        tag("h2", "Predicted cost"),
+        tag("p", prediction(report.sites)),
+        *(_charts(report, rows) if len(rows) > 1 else ()),
+        table(["tokens", *METRICS.values()], [row.texts() for row in rows]),
+    ]
+
+
+def _charts(report: RewriteReport, rows: list[CostAt]) -> list[Markup]:
     length = break_even(report.sites)
-    charts = [chart(rows, metric, length) for metric in METRICS]
     legend = tag(
         "p", tag("span", "dense", class_="key dense"), tag("span", "converted", class_="key sparse")
     )
-    return [
-        tag("h2", "Predicted cost of all layers"),
-        tag("p", prediction(report.sites)),
-        legend,
-        tag("div", *charts, class_="charts"),
-        table(["tokens", *METRICS.values()], [row.texts() for row in rows]),
-    ]
+    charts = (chart(rows, metric, length) for metric in METRICS)
+    return [legend, tag("div", *charts, class_="charts")]
 
 
 def _file(name: str) -> str:
