@@ -87,12 +87,16 @@ class Pair:
         self.rows = self.index.clamp(min=0)
 
     def table(self, name: str, x: Tensor, dtype: torch.dtype, width: int | None = None) -> Tensor:
-        """x [B, Hkv, Tk, X] -> [Ns, L * width], in workspace ``name``; what is not there is 0.
+        """x [B, Hkv, Tk, X] -> [Ns, L * width], to read; what is not there is 0.
 
-        Padding becomes 0 too: it may hold inf or NaN, which a weight of 0 would not silence.
+        x itself where it is such a table, else a copy in workspace ``name``. Padding becomes 0 too:
+        it may hold inf or NaN, which a weight of 0 would not silence.
         """
         tiling, width, x = self.tiling, width or x.shape[3], x[self.batch, self.head]
         shape = (tiling.blocks * tiling.block, width)
+        if x.shape == shape and x.dtype == dtype and x.is_contiguous():
+            if self.plan.visibility.valid is None:
+                return x.view(tiling.blocks, -1)
         table = self.workspace.take(name, dtype, *shape)
         table[: tiling.kv_len, : x.shape[1]] = x
         table[: tiling.kv_len, x.shape[1] :] = 0
