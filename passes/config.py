@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MERGES = ("softmax", "gate")
-SCORERS = ("channels", "mean")
-INNERS = ("inductor", "aot_eager", "eager")
-SELECTORS = ("nsa", "local", "strided", "block_diagonal", "topk")
-COMPRESSIONS = ("mean", "weighted", "linear", "mlp", "conv", "attention")
+from nsa_compile.passes.config_checks import (
+    COMPRESSIONS,
+    GATED,
+    INNERS,
+    MERGES,
+    NSAConfigError,
+    check,
+    check_names,
+    one_of,
+    plain,
+)
+
+__all__ = ["COMPRESSIONS", "NSAConfig", "NSAConfigError", "window_blocks"]
 
 # Fields left as None take the value of their merge. "gate" has the paper's sizes (arXiv 2502.11089,
 # section 4.1); "softmax" converts without training and needs a larger budget: docs/budget.md.
@@ -34,13 +41,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "dense_len": 8192,
     },
 }
-# Fields of merge "gate" alone: what is learned.
-_LEARNED = {"compression": "mean", "compress_expand": 1.0, "num_mem_kv": 0, "gate": None}
 _NOT_PER_LAYER = ("include", "exclude", "per_layer", "strict", "inner")
-
-
-class NSAConfigError(ValueError):
-    """An option that does not exist, has a wrong type, or cannot work with another one."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class NSAConfig:
         num_mem_kv: learned keys and values that every query of the compressed branch sees.
         gate: module that maps hidden states [B, Tq, C] to [B, Tq, 3 * Hq] logits of the gates, of
             which each layer gets a copy; None is a linear layer.
+        share_selection: whether the query heads of a group share one choice of blocks (merge
+            ``"gate"``); False lets each query head choose its own.
+        importance: how scorer ``"mean"`` carries the probabilities of compressed blocks over to
+            selection blocks (merge ``"gate"``): ``"overlap"`` by the tokens they share;
+            ``"interpolate"`` linearly between their centres, which tells selection blocks apart
+            that are smaller than compressed ones.
+        sel_scale: differentiable selection (merge ``"gate"``): the logits of a chosen block are
+            scaled by 1 in the forward pass, and its importance receives that factor's gradient.
         include, exclude: globs over module paths; a layer is converted when it matches an include
             glob (or there is none) and no exclude glob.
         per_layer: ``{glob: {field: value}}``; later globs win over earlier ones.
@@ -106,6 +115,9 @@ class NSAConfig:
     compress_expand: float = 1.0
     num_mem_kv: int = 0
     gate: Any = None
+    share_selection: bool = True
+    importance: str = "overlap"
+    sel_scale: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -113,21 +125,14 @@ class NSAConfig:
     inner: str = "inductor"
 
     def __post_init__(self) -> None:
-        _one_of("merge", self.merge, MERGES)
-        _one_of("inner", self.inner, INNERS)
-        if not isinstance(self.strict, bool):
-            raise NSAConfigError(f"strict must be True or False, got {self.strict!r}")
+        one_of("merge", self.merge, MERGES)
+        one_of("inner", self.inner, INNERS)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         for name, value in _DEFAULTS[self.merge].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        _one_of("scorer", self.scorer, SCORERS)
-        if isinstance(self.selector, str) or not callable(self.selector):
-            _one_of("selector", self.selector, (*SELECTORS, "a function"))
-        self._check_integers()
-        self._check_sizes()
-        self._check_learned()
+        check(self)
         self._check_per_layer()
 
     @classmethod
@@ -136,7 +141,7 @@ class NSAConfig:
         if isinstance(options, NSAConfig):
             return options
         options = dict(options or {})
-        _check_names(options, [f.name for f in dataclasses.fields(cls)], "option")
+        check_names(options, [f.name for f in dataclasses.fields(cls)], "option")
         return cls(**options)
 
     def for_layer(self, module: str) -> NSAConfig:
@@ -167,17 +172,32 @@ class NSAConfig:
             return self.candidates
         return max(budget, min(budget + budget // 2, 32))
 
+    def local_window(self) -> int:
+        """Most recent keys that a choice of blocks always holds: ``window``.
+
+        With gates the window is a branch of its own. Its selection holds the query's own block and
+        the one before (arXiv 2502.11089, section 4.1), or the own alone when ``num_selected`` has
+        no room for more.
+        """
+        if self.merge != "gate":
+            return self.window or 0
+        both = self.select_block + 1
+        return both if self._forced(both, None) <= (self.num_selected or 0) else 1
+
     def forced_blocks(self, offset: int | None = 0, causal: bool = True) -> int:
-        """Most blocks that are forced on one tile: ``init_blocks`` and those the window touches."""
-        window, tile = self.window or 0, self.query_tile or 1
+        """Most blocks that are forced on one tile: the first ones and those of local_window."""
+        return self._forced(self.local_window(), offset, causal)
+
+    def _forced(self, window: int, offset: int | None, causal: bool = True) -> int:
+        tile = self.query_tile or 1
         return self.init_blocks + window_blocks(window, tile, self.select_block, offset, causal)
 
     def sizes(self) -> dict[str, Any]:
         """The fields that shape one layer's conversion, for reports."""
         skip = {"selector"} if self.selector == "nsa" else set()
-        skip |= {*_NOT_PER_LAYER, *(() if self.merge == "gate" else _LEARNED)}
+        skip |= {*_NOT_PER_LAYER, *(() if self.merge == "gate" else GATED)}
         return {
-            f.name: _plain(getattr(self, f.name))
+            f.name: plain(getattr(self, f.name))
             for f in dataclasses.fields(self)
             if f.name not in skip
         }
@@ -190,77 +210,8 @@ class NSAConfig:
                 if current[name] == value:
                     current[name] = None
             if changes["merge"] != "gate":
-                current.update(_LEARNED)
+                current.update(GATED)
         return NSAConfig(**{**current, "per_layer": {}, **changes})
-
-    def _check_integers(self) -> None:
-        least = {
-            "query_tile": 1, "compress_block": 1, "compress_stride": 1, "select_block": 1,
-            "num_selected": 1, "init_blocks": 0, "window": 1, "dense_len": 0, "score_channels": 1,
-            "candidates": 1, "num_mem_kv": 0,
-        }  # fmt: skip
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is None and name in ("score_channels", "candidates"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise NSAConfigError(f"{name} must be an integer, got {value!r}")
-            if name == "num_selected" and self.merge == "gate":
-                minimum = 0  # without the selected branch
-            if value < minimum:
-                raise NSAConfigError(f"{name} must be at least {minimum}, got {value}")
-
-    def _check_sizes(self) -> None:
-        for name, least in (("select_block", 8), ("query_tile", 1)):
-            value = getattr(self, name)
-            if value & (value - 1) or not least <= value <= 256:
-                raise NSAConfigError(
-                    f"{name} must be a power of two between {least} and 256, got {value}"
-                )
-        if self.compress_block % self.compress_stride:
-            raise NSAConfigError(
-                f"compress_block must be a multiple of compress_stride, got compress_block="
-                f"{self.compress_block} and compress_stride={self.compress_stride}"
-            )
-        if self.select_block % self.compress_stride:
-            raise NSAConfigError(
-                f"select_block must be a multiple of compress_stride, got select_block="
-                f"{self.select_block} and compress_stride={self.compress_stride}"
-            )
-        if self.candidates is not None and self.candidates < (self.num_selected or 0):
-            raise NSAConfigError(
-                f"candidates must be at least num_selected, got candidates={self.candidates} and "
-                f"num_selected={self.num_selected}"
-            )
-        forced = self.forced_blocks()
-        if self.merge == "softmax" and self.selector == "nsa" and (self.num_selected or 0) < forced:
-            raise NSAConfigError(
-                f"num_selected={self.num_selected} cannot hold the forced blocks: "
-                f"init_blocks={self.init_blocks} and the {forced - self.init_blocks} blocks of "
-                f"{self.select_block} that window={self.window} touches for a tile of "
-                f"{self.query_tile} queries make {forced}; raise num_selected to at least {forced} "
-                "or lower window"
-            )
-
-    def _check_learned(self) -> None:
-        if isinstance(self.compression, str) or not callable(self.compression):
-            _one_of("compression", self.compression, (*COMPRESSIONS, "a module"))
-        if self.gate is not None and not callable(self.gate):
-            raise NSAConfigError(f"gate must be a module or None, got {self.gate!r}")
-        expand = self.compress_expand
-        if isinstance(expand, bool) or not isinstance(expand, (int, float)) or not expand > 0:
-            raise NSAConfigError(f"compress_expand must be a positive number, got {expand!r}")
-        for name, default in _LEARNED.items():
-            value = getattr(self, name)
-            if self.merge != "gate" and value != default:
-                raise NSAConfigError(
-                    f"{name}={value!r} needs merge='gate', got merge={self.merge!r}"
-                )
-        if expand != 1.0 and self.compression != "mlp":
-            raise NSAConfigError(
-                f"compress_expand={expand!r} is the hidden layer of compression='mlp', got "
-                f"compression={self.compression!r}"
-            )
 
     def _check_per_layer(self) -> None:
         if not isinstance(self.per_layer, Mapping):
@@ -271,7 +222,7 @@ class NSAConfig:
                 raise NSAConfigError(
                     f"per_layer must map a glob to a dict of options, got {glob!r}: {fields!r}"
                 )
-            _check_names(fields, known, f"option in per_layer[{glob!r}]")
+            check_names(fields, known, f"option in per_layer[{glob!r}]")
             try:
                 self._override(fields)
             except NSAConfigError as error:
@@ -293,27 +244,8 @@ def window_blocks(
     return max((p + query_tile - 1 + ahead) // block - (p - back) // block + 1 for p in starts)
 
 
-def _plain(value: Any) -> Any:
-    """A field's value as JSON has it: a module by the name of its class."""
-    return type(value).__name__ if callable(value) else value
-
-
-def _one_of(name: str, value: object, allowed: Iterable[str]) -> None:
-    if value not in tuple(allowed):
-        raise NSAConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
 def _globs(name: str, value: object) -> tuple[str, ...]:
     globs = (value,) if isinstance(value, str) else value
     if not isinstance(globs, Iterable) or not all(isinstance(g, str) for g in globs):
         raise NSAConfigError(f"{name} must be a glob or a list of globs, got {value!r}")
     return tuple(globs)
-
-
-def _check_names(given: Iterable[str], known: list[str], what: str) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-            raise NSAConfigError(
-                f"unknown {what} {name!r}; did you mean {near[0]!r}? Valid: {', '.join(known)}"
-            )

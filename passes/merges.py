@@ -102,8 +102,7 @@ def gated_choice(
     scale, causal, offset = mask
     # Scores see a compressed block that begins before the query's range, the branch does not.
     same = options.scorer == "mean" and ranges is None
-    # The query's own block and the whole one before: section 4.1's two local blocks.
-    choice = Choice(options.select_block + 1, 0, k_cmp.detach(), lse.detach() if same else None)
+    choice = Choice(options.local_window(), 0, k_cmp.detach(), lse.detach() if same else None)
     terms: Terms = (valid, ranges, None, None, None, None)
     return chosen_blocks(q, k, options, terms, (scale, 0.0, causal, offset, None), choice)
 

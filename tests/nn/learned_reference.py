@@ -82,7 +82,7 @@ def attention(
         with torch.no_grad():
             blocks = select.select_blocks(
                 q, k, k_cmp, *terms, "mean", *mask, None, *tiling, config.num_selected,
-                config.init_blocks, config.select_block + 1, *sizes,
+                config.init_blocks, config.local_window(), *sizes,
             )  # fmt: skip
         o_slc, _ = attend.selected_attention(q, k, v, blocks, *terms, *mask, None, *tiling)
     tiles, count = -(-q_len // config.query_tile), -(-kv_len // config.select_block)

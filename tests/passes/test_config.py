@@ -35,7 +35,7 @@ def test_gate_defaults_are_the_papers_sizes() -> None:
         ({"window": True}, "window must be an integer, got True"),
         ({"strict": 1}, "strict must be True or False, got 1"),
         ({"query_tile": 48}, "query_tile must be a power of two between 1 and 256, got 48"),
-        ({"select_block": 4}, "select_block must be a power of two between 8 and 256, got 4"),
+        ({"select_block": 1}, "select_block must be a power of two between 2 and 256, got 1"),
         ({"compress_block": 24}, "compress_block must be a multiple of compress_stride"),
         ({"compress_stride": 3, "compress_block": 9}, "select_block must be a multiple of"),
         ({"num_selected": 17}, "make 18; raise num_selected to at least 18 or lower window"),
@@ -135,11 +135,39 @@ def test_window_blocks_counts_the_worst_tile(tile: int, block: int, causal: bool
         ({"merge": "gate", "num_mem_kv": -1}, "num_mem_kv must be at least 0, got -1"),
         ({"merge": "gate", "gate": "linear"}, "gate must be a module or None, got 'linear'"),
         ({"num_selected": 0}, "num_selected must be at least 1, got 0"),
+        ({"share_selection": False}, "share_selection=False needs merge='gate', got merge='soft"),
+        ({"sel_scale": 1}, "sel_scale must be True or False, got 1"),
+        ({"sel_scale": True}, "sel_scale=True needs merge='gate', got merge='softmax'"),
+        ({"importance": "mean"}, "importance must be one of overlap, interpolate, got 'mean'"),
+        (
+            {"merge": "gate", "importance": "interpolate", "selector": "local"},
+            "importance='interpolate' is about scores, which selector='nsa' computes, got "
+            "selector='local'",
+        ),
+        (
+            {"merge": "gate", "sel_scale": True, "scorer": "channels"},
+            "sel_scale=True is about compressed keys and needs scorer='mean', got scorer='channels",
+        ),
+        ({"merge": "gate", "num_selected": 1}, "make 2; raise num_selected to at least 2 or lower"),
+        (
+            {"merge": "gate", "num_selected": 2, "query_tile": 128},
+            "init_blocks=1 and the 3 blocks of 64 that a tile of query_tile=128 queries lies in",
+        ),
     ],
 )
 def test_learned_options_are_checked(options: dict[str, Any], text: str) -> None:
     with pytest.raises(NSAConfigError, match=re.escape(text)):
         NSAConfig.from_options(options)
+
+
+def test_a_small_gated_budget_forces_the_own_block_alone() -> None:
+    assert NSAConfig(merge="gate").local_window() == 65
+    assert (
+        NSAConfig(merge="gate", num_selected=3, select_block=2, compress_stride=2).local_window()
+        == 3
+    )
+    assert NSAConfig(merge="gate", num_selected=2).local_window() == 1
+    assert NSAConfig(window=100).local_window() == 100
 
 
 def test_learned_options_are_reported_with_gates_only() -> None:
