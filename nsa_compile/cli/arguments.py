@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from nsa_compile.cli.completion import SHELLS
 from nsa_compile.cli.values import UsageError, lengths, positive
 from nsa_compile.passes.projection import LENGTHS
 from nsa_compile.targets import EXPECTED
@@ -37,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("target", nargs="?", metavar="TARGET", help=EXPECTED)
     _model(made.add_argument_group("the model"))
     _output(made.add_argument_group("what it tells"))
+    made.add_argument(
+        "--completion",
+        choices=SHELLS,
+        help="without TARGET: print a script that completes these options in that shell",
+    )
     made.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     return made
 

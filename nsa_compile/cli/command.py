@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nsa_compile.cli.arguments import parser
+from nsa_compile.cli.completion import completion
 from nsa_compile.cli.values import UsageError, check_writable, pairs, reasons, write
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.preview import ForwardError, preview
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.completion:
+        _alone(arguments, "--completion", "a shell")
+        print(completion(parser(), arguments.completion), flush=True)
+        return DONE
     if arguments.diff:
         return _diff(arguments)
     config = NSAConfig.from_options(pairs("--option", arguments.option))
@@ -71,16 +76,22 @@ def _files(
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    if arguments.target is not None:
-        raise UsageError(f"--diff expects two reports, no TARGET, got {arguments.target!r}")
-    defaults = vars(parser().parse_args([]))
-    others = [name for name, value in vars(arguments).items() if value != defaults[name]]
-    if len(others) > 1:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others if name != "diff")
-        raise UsageError(f"--diff expects two reports and no other option, got {flags}")
+    _alone(arguments, "--diff", "two reports")
     before, after = map(read_report, arguments.diff)
     print(difference(before, after), flush=True)
     return DONE
+
+
+def _alone(arguments: argparse.Namespace, flag: str, what: str) -> None:
+    """Refuse what would be ignored beside ``flag``, which expects ``what``."""
+    if arguments.target is not None:
+        raise UsageError(f"{flag} expects {what}, no TARGET, got {arguments.target!r}")
+    defaults = vars(parser().parse_args([]))
+    given = [name for name, value in vars(arguments).items() if value != defaults[name]]
+    others = [f"--{name.replace('_', '-')}" for name in given]
+    others.remove(flag)
+    if others:
+        raise UsageError(f"{flag} expects {what} and no other option, got {', '.join(others)}")
 
 
 def _explain(report: RewriteReport, layer: str) -> None:

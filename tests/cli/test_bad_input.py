@@ -170,6 +170,15 @@ ARGUMENTS = {
         ("--diff", "a", "b", "--strict", "--seq-len", "5"),
         "--diff expects two reports and no other option, got --seq-len, --strict",
     ),
+    "unknown shell": (("--completion", "csh"), "invalid choice: 'csh'"),
+    "completion with a target": (
+        (MODELS, "--completion", "bash"),
+        "--completion expects a shell, no TARGET, got '",
+    ),
+    "completion with an option": (
+        ("--completion", "bash", "--train"),
+        "--completion expects a shell and no other option, got --train",
+    ),
     "no lengths": ((MODELS, "--lengths", ""), "expected a positive integer, got ''"),
     "lengths in words": ((MODELS, "--lengths", "8192,long"), "positive integer, got 'long'"),
     "length zero among lengths": ((MODELS, "--lengths", "8192,0"), "positive integer, got '0'"),
