@@ -13,7 +13,7 @@ from nsa_compile.backend import StrictError, nsa  # noqa: E402
 from nsa_compile.compilations import report  # noqa: E402
 from nsa_compile.explain import explain  # noqa: E402
 from nsa_compile.guards import ConversionWarning  # noqa: E402
-from nsa_compile.nn import NSAParameters  # noqa: E402
+from nsa_compile.nn import NativeSparseAttention, NSAParameters  # noqa: E402
 from nsa_compile.passes.config import NSAConfig, NSAConfigError  # noqa: E402
 from nsa_compile.preparation import prepare, unprepare  # noqa: E402
 from nsa_compile.report import RewriteReport  # noqa: E402
@@ -24,6 +24,7 @@ __all__ = [
     "NSAConfig",
     "NSAConfigError",
     "NSAParameters",
+    "NativeSparseAttention",
     "RewriteReport",
     "StrictError",
     "explain",

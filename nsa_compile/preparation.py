@@ -68,13 +68,16 @@ def prepare(
     if config.merge != "gate":
         raise NSAConfigError(f"prepare needs merge='gate', got merge={config.merge!r}")
     for path, module in model.named_modules():
-        if isinstance(module, NSAParameters) or isinstance(getattr(module, _NAME, None), nn.Module):
+        if _mark in module._forward_pre_hooks.values():
             raise ValueError(
-                f"{path or 'the model'} is or has a module {_NAME!r} already; call "
-                "nsa_compile.unprepare(model) first"
+                f"{path or 'the model'} is prepared already; call nsa_compile.unprepare(model) "
+                "first"
             )
     decisions, inputs = _look(model, config, example_inputs)
     added = _added(model, config, decisions, inputs)
+    for path in added:
+        if hasattr(model.get_submodule(path), _NAME):
+            raise ValueError(f"{path or 'the model'} has something of its own named {_NAME!r}")
     for path, parameters in added.items():
         owner = model.get_submodule(path)
         owner.add_module(_NAME, parameters)
