@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 import nsa_compile.kernels.library  # noqa: F401  (the rewriter names its operators)
 from nsa_compile.capture import Capture, capture
 from nsa_compile.dynamo_text import describe, mixes_devices, needs_data
+from nsa_compile.graphs import GraphFolder
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.projection import LENGTHS
 from nsa_compile.report import RewriteReport
@@ -27,15 +28,19 @@ class ForwardError(Exception):
 
 
 def preview(
-    request: Request, config: NSAConfig, lengths: Sequence[int] = LENGTHS
+    request: Request,
+    config: NSAConfig,
+    lengths: Sequence[int] = LENGTHS,
+    folder: GraphFolder | None = None,
 ) -> tuple[RewriteReport, list[str]]:
     """What the backend would do to the model that ``request`` names -> report, notes.
 
-    ``lengths`` are those of the predicted costs.
+    ``lengths`` are those of the predicted costs; ``folder`` gets the graphs as files.
 
     Raises:
         TargetError: the target cannot be used.
         ForwardError: the model's forward fails on the inputs.
+        GraphFolderError: a file in ``folder`` cannot be written.
     """
     with _progress() as step:
         step(f"building {request.target} on the meta device")
@@ -43,7 +48,7 @@ def preview(
         step("capturing the graph")
         captured = _captured(target, request)
         step("converting")
-        report = verdicts(target.name, captured, config, lengths)
+        report = verdicts(target.name, captured, config, lengths, folder)
     return report, target.notes + captured.notes
 
 

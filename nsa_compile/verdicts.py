@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from nsa_compile.capture import Capture
 from nsa_compile.dynamo_text import describe
+from nsa_compile.graphs import GraphFolder, GraphFolderError
 from nsa_compile.nn.parameters import prepared_sites
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.pipeline import analyse, rewrite
@@ -16,11 +18,18 @@ from nsa_compile.report import RewriteReport
 
 
 def verdicts(
-    name: str, captured: Capture, config: NSAConfig, lengths: Sequence[int] = LENGTHS
+    name: str,
+    captured: Capture,
+    config: NSAConfig,
+    lengths: Sequence[int] = LENGTHS,
+    folder: GraphFolder | None = None,
 ) -> RewriteReport:
     """The report on the model ``name``; rewrites the graphs of ``captured`` in place.
 
-    Costs are predicted for sequences of ``lengths`` tokens.
+    Costs are predicted for sequences of ``lengths`` tokens. ``folder`` gets the graphs as files.
+
+    Raises:
+        GraphFolderError: a file in ``folder`` cannot be written.
     """
     records: list[SiteRecord] = []
     failures = list(captured.failures)
@@ -32,8 +41,12 @@ def verdicts(
             rows = [
                 record(decision, graph.compile_id, lengths) for decision in conversion.decisions
             ]
-            if conversion.changes:
-                rewrite(graph.gm, conversion)
+            around = folder.rewriting(graph, conversion) if folder else nullcontext()
+            with around:
+                if conversion.changes:
+                    rewrite(graph.gm, conversion)
+        except GraphFolderError:
+            raise
         except Exception as error:  # ours, not the user's: reported as the backend reports it
             text = f"graph {graph.compile_id} stays dense: {describe(error)}"
             failures.append(text)

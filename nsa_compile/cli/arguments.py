@@ -88,6 +88,12 @@ def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--markdown", type=Path, metavar="PATH", help="write it as Markdown")
     group.add_argument("--html", type=Path, metavar="PATH", help="write it as one HTML file")
     group.add_argument(
+        "--graph",
+        type=Path,
+        metavar="DIR",
+        help="write each graph before and after each pass, as text and as dot",
+    )
+    group.add_argument(
         "--lengths",
         type=lengths,
         default=LENGTHS,

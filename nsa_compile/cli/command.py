@@ -13,7 +13,8 @@ from rich.console import Console
 
 from nsa_compile.cli.arguments import parser
 from nsa_compile.cli.completion import completion
-from nsa_compile.cli.values import UsageError, check_writable, pairs, reasons, write
+from nsa_compile.cli.values import UsageError, check_folder, check_writable, pairs, reasons, write
+from nsa_compile.graphs import GraphFolder, GraphFolderError
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.preview import ForwardError, preview
 from nsa_compile.report import RewriteReport
@@ -22,6 +23,10 @@ from nsa_compile.report.story import chosen, story
 from nsa_compile.targets import EXPECTED, Request, TargetError
 
 DONE, KEPT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+# What a user can change; anything else is ours.
+_MISTAKES = (
+    UsageError, ReportFileError, NSAConfigError, TargetError, ForwardError, GraphFolderError,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(parser().parse_args(argv))
     except SystemExit as finished:  # --help and --version
         return int(finished.code or 0)
-    except (UsageError, ReportFileError, NSAConfigError, TargetError, ForwardError) as error:
+    except _MISTAKES as error:
         print(f"nsa-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:  # the reader of our output has seen enough
@@ -53,7 +58,9 @@ def _run(arguments: argparse.Namespace) -> int:
     fatal = reasons("--fail-on", arguments.fail_on)
     for flag, path, _ in _files(arguments):
         check_writable(flag, path)
-    report, notes = preview(_request(arguments), config, arguments.lengths)
+    check_folder("--graph", arguments.graph)
+    folder = None if arguments.graph is None else GraphFolder(arguments.graph)
+    report, notes = preview(_request(arguments), config, arguments.lengths, folder)
     _print(report) if arguments.explain is None else _explain(report, arguments.explain)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -70,6 +70,22 @@ def check_writable(flag: str, path: Path | None) -> None:
     """Refuse before the long work what could not be written after it."""
     if path is None:
         return
+    _check_path(flag, path)
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a directory; expected a file to write")
+
+
+def check_folder(flag: str, path: Path | None) -> None:
+    """Refuse what is no folder and cannot become one."""
+    if path is None:
+        return
+    _check_path(flag, path)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{flag} {path}: is a file; expected a folder")
+
+
+def _check_path(flag: str, path: Path) -> None:
+    """``path`` exists, or the folder that would hold it."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -77,8 +93,6 @@ def check_writable(flag: str, path: Path | None) -> None:
             raise UsageError(f"{flag} {path}: the directory {path.parent} does not exist") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{flag} {str(path)!r} cannot be a path: {error}") from error
-    if path.is_dir():
-        raise UsageError(f"{flag} {path}: is a directory; expected a file to write")
 
 
 def write(flag: str, path: Path | None, text: str) -> None:

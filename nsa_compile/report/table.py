@@ -32,8 +32,10 @@ def table(report: RewriteReport) -> RenderableType:
     note = dense_at_this_length(report)
     if note:
         parts.append(Text(f"note: {note}", "dim"))
-    if report.converted:
-        parts += _costs(report)
+    predicted = _costs(report) if report.converted else []
+    if predicted:
+        parts += [*([Text("")] if note else []), *predicted]
+        parts += [Text("")] if report.skipped or report.failures else []
     for group in kept_groups(report):
         layers = "layer" if group.count == 1 else "layers"
         parts.append(

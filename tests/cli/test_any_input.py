@@ -17,7 +17,7 @@ from tests.cli.running import MODELS
 from tests.cli.test_huggingface_targets import LLAMA
 
 FLAGS = ("--seq-len", "--batch", "--inputs", "--option", "--attn", "--hf-config", "--fail-on",
-         "--explain", "--lengths", "--diff", "--completion", "--json", "--markdown",
+         "--explain", "--lengths", "--diff", "--completion", "--graph", "--json", "--markdown",
          "--html")  # fmt: skip
 SWITCHES = ("--train", "--strict", "--trust", "--version", "--help", "--", "-", "--no-such")
 # Without path separators: what is written stays in the test's folder.
