@@ -12,6 +12,7 @@ if (_root / "passes" / "config.py").is_file() and (_root / "pyproject.toml").is_
 from nsa_compile.backend import StrictError, nsa  # noqa: E402
 from nsa_compile.compilations import report  # noqa: E402
 from nsa_compile.explain import explain  # noqa: E402
+from nsa_compile.export import ConvertError, convert  # noqa: E402
 from nsa_compile.guards import ConversionWarning  # noqa: E402
 from nsa_compile.nn import NativeSparseAttention, NSAParameters  # noqa: E402
 from nsa_compile.passes.config import NSAConfig, NSAConfigError  # noqa: E402
@@ -21,12 +22,14 @@ from nsa_compile.report import RewriteReport  # noqa: E402
 __version__ = "0.1.0"
 __all__ = [
     "ConversionWarning",
+    "ConvertError",
     "NSAConfig",
     "NSAConfigError",
     "NSAParameters",
     "NativeSparseAttention",
     "RewriteReport",
     "StrictError",
+    "convert",
     "explain",
     "nsa",
     "prepare",

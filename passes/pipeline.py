@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -16,6 +16,7 @@ from nsa_compile.passes.lower import Blocks, Lowering, hides, lower
 from nsa_compile.passes.marks import attach, erase_marks, marks_of
 from nsa_compile.passes.match import find_sites
 from nsa_compile.passes.outline import Outliner, agreed
+from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.rewrite import Rewriter
 from nsa_compile.passes.site import AttentionSite, Decision, Mask
 
@@ -60,6 +61,7 @@ def analyse(
     *,
     values: Mapping[fx.Node, torch.Tensor] | None = None,
     prepared: Collection[str] = (),
+    checks_blocks: bool = True,
 ) -> Conversion:
     """Find every attention in ``gm``, prove its mask and decide on it. Changes nothing.
 
@@ -69,6 +71,8 @@ def analyse(
         values: real tensors of placeholders whose value may be read (buffers, constants).
         prepared: paths of the attention that nsa_compile.prepare has seen: without a mark in the
             graph it stays dense, because it was not trained to become anything else.
+        checks_blocks: whether somebody looks at BlockMasks at run time; else what depends on it
+            stays dense.
     """
     given, known = gm, dict(values or {})
     inlined = inline(gm, always=hides(gm))
@@ -85,6 +89,8 @@ def analyse(
     if inlined is not None:
         decisions = agreed(decisions, inlined)
     decisions += tuple(decide(site, config) for site in enclosed(given, inlined))
+    if reading is not None and not checks_blocks:
+        decisions = tuple(_without_claims(each, reading) for each in decisions)
     masks = [d.site.mask for d in decisions if d.converted and isinstance(d.site.mask, Mask)]
 
     claims = [] if reading is None else reading.claims(decisions)
@@ -104,6 +110,14 @@ def analyse(
         reading=reading,
         marked=bool(marks_of(given)),
     )
+
+
+def _without_claims(decision: Decision, reading: Lowering) -> Decision:
+    """``decision``, kept where it rests on a BlockMask that nobody will look at."""
+    if not decision.converted or not reading.claims([decision]):
+        return decision
+    why = "a BlockMask that is an input, which cannot be checked in this form"
+    return replace(decision, refusal=Refusal(Reason.MASK_FROM_OUTSIDE, why))
 
 
 def rewrite(gm: fx.GraphModule, conversion: Conversion) -> None:

@@ -7,13 +7,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx
 
 from nsa_compile.capture import CapturedGraph
 from nsa_compile.dynamo_text import describe
+from nsa_compile.export.conversion import known_values
 from nsa_compile.targets.inputs import example_inputs
 from nsa_compile.targets.skeleton import build_skeleton
 from nsa_compile.targets.target import Request, Target, TargetError, ids_for
@@ -41,7 +41,8 @@ def load_exported(path: Path, request: Request) -> Target:
         todo = "" if request.trust else "; if it holds pickled objects you trust, pass --trust"
         raise TargetError(f"{path} cannot be loaded: {_one_line(error)}{todo}") from error
     target = Target(path.stem, torch.nn.Module())
-    target.graphs = [CapturedGraph(program.graph_module, _known_values(program), "0/0")]
+    gm = program.graph_module
+    target.graphs = [CapturedGraph(gm, known_values(program, gm), "0/0")]
     return target
 
 
@@ -71,19 +72,6 @@ def load_pickled(path: Path, request: Request) -> Target:
     else:
         target.args = (ids_for(model, str(path), request),)
     return target
-
-
-def _known_values(program: Any) -> dict[fx.Node, torch.Tensor]:
-    """Real tensors of the placeholders that are buffers or constants, which a mask may be."""
-    signature = program.graph_signature
-    names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    held = {**program.constants, **program.state_dict}
-    values = {}
-    for node in program.graph.find_nodes(op="placeholder"):
-        tensor = held.get(names.get(node.name))
-        if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-            values[node] = tensor.detach()
-    return values
 
 
 @contextmanager

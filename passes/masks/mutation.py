@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from nsa_compile.passes import dialect
@@ -89,6 +90,9 @@ def base(node: fx.Node) -> fx.Node:
 
 def _shares(node: fx.Node) -> bool:
     op = dialect.view(node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        return bool(arguments) and arguments[0].alias_info is not None
     if op is None:
         return dialect.name(node) in _OTHER_ALIASES or bool(dialect.written(node))
     return op.inplace or op.name in _ALIASES

@@ -1,0 +1,8 @@
+"""Exported programs: convert one, and save it with a note of what loads it."""
+
+from __future__ import annotations
+
+from nsa_compile.export.conversion import ConvertError, convert
+from nsa_compile.export.file import save
+
+__all__ = ["ConvertError", "convert", "save"]
