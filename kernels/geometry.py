@@ -153,31 +153,65 @@ def complete_compressed(position: int, block: int, stride: int, count: int) -> i
     return max(0, min(count, (position + 1 - block) // stride + 1))
 
 
-def overlap_weights(
-    compress_block: int, compress_stride: int, block: int
-) -> tuple[tuple[int, float], ...]:
-    """How a compressed block's probability spreads over selection blocks.
-
-    Pairs (delta, weight): selection block s takes ``weight`` of the compressed block
-    ``c = s * block // compress_stride + delta``, the tokens of c inside s in units of the stride.
-    For 32/16/64: delta -1..3, weights 1, 2, 2, 2, 1.
+def check_fold(compress_stride: int, block: int) -> None:
+    """Blocks and strides must begin together: one has to be a multiple of the other.
 
     Raises:
-        ValueError: when ``block`` is not a multiple of ``compress_stride``.
+        ValueError: when neither is.
     """
-    if block % compress_stride:
+    if block % compress_stride and compress_stride % block:
         raise ValueError(
-            f"block must be a multiple of compress_stride, got block={block} and "
-            f"compress_stride={compress_stride}"
+            f"block must be a multiple of compress_stride or a divisor of it, got block={block} "
+            f"and compress_stride={compress_stride}"
         )
-    first = -((compress_block - 1) // compress_stride)
-    pairs = []
-    for delta in range(first, block // compress_stride):
-        start = delta * compress_stride
-        tokens = min(start + compress_block, block) - max(start, 0)
-        if tokens > 0:
-            pairs.append((delta, tokens / compress_stride))
-    return tuple(pairs)
+
+
+@functools.lru_cache(maxsize=256)
+def fold_weights(
+    compress_block: int, compress_stride: int, block: int, importance: str
+) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """How the probabilities of compressed blocks add up to the score of a selection block.
+
+    Selection block s, the tokens ``[s * L, (s + 1) * L)``, takes ``weight`` of the compressed block
+    ``c = s * L // d + delta`` for the pairs (delta, weight) of its phase ``s % max(1, d // L)``:
+
+        overlap       |tokens of c inside s| / d
+        interpolate   sum over the tokens j of s of max(0, 1 - |j - m_c| / d) / d
+
+    with ``m_c = c * d + (l - 1) / 2`` the centre of c. The paper (arXiv 2502.11089, eq. 9) has the
+    first one: weights 1, 2, 2, 2, 1 for delta -1..3 at 32/16/64. The second is what
+    native-sparse-attention-pytorch called interpolated_importance_score (commits 6aa5fd8 to
+    1798a2c): torch.nn.functional.interpolate(mode="bilinear") to single tokens, then a mean over
+    the block; only that its compressed blocks did not overlap, d = l. Before the first centre the
+    first block's value holds, as it does there; behind the last one that of the last block, or,
+    under causality, it falls to 0 within a stride: the block to come has no probability yet, and
+    how long the sequence will be must not matter.
+    """
+    check_fold(compress_stride, block)
+    phases = []
+    for phase in range(max(1, compress_stride // block)):
+        first, pairs = phase * block, []
+        for delta in fold_range(compress_block, compress_stride, block, importance):
+            start = delta * compress_stride
+            if importance == "overlap":
+                shared = min(start + compress_block, first + block) - max(start, first)
+                worth = max(0, shared) / compress_stride
+            else:
+                centre = start + (compress_block - 1) / 2
+                away = (abs(token - centre) for token in range(first, first + block))
+                worth = sum(max(0.0, 1 - x / compress_stride) for x in away) / compress_stride
+            if worth > 0:
+                pairs.append((delta, worth))
+        phases.append(tuple(pairs))
+    return tuple(phases)
+
+
+def fold_range(compress_block: int, compress_stride: int, block: int, importance: str) -> range:
+    """Every delta of :func:`fold_weights` that may have a weight."""
+    last = max(1, block // compress_stride)
+    if importance == "overlap":
+        return range(-((compress_block - 1) // compress_stride), last)
+    return range(-1 - (compress_block - 1) // (2 * compress_stride), last + 1)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,9 @@ def logit_scale(scale: float | None, dim: int) -> float:
 
 
 def pooled_keys(
-    k: Tensor, k_cmp: Tensor | None, valid: Tensor | None, block: int, length: int, stride: int
+    k: Tensor, k_cmp: Tensor | None, valid: Tensor | None, length: int, stride: int
 ) -> Tensor:
     """The compressed keys of scorer "mean", pooled here or given and checked."""
-    if block % stride:
-        raise ValueError(
-            f"block must be a multiple of compress_stride, got block={block} and "
-            f"compress_stride={stride}"
-        )
     if k_cmp is None:
         return torch.ops.nsa.compress(k, valid, length, stride)
     batch, heads, kv_len, dim = k.shape

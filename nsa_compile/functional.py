@@ -201,7 +201,7 @@ def select_blocks(
         check_sizes(score_channels=channels)
         summary = torch.ops.nsa.channels(q, k, valid, min(channels, dim), 0)
     elif scorer == "mean":
-        summary = pooled_keys(k, k_cmp, valid, block, compress_block, compress_stride)
+        summary = pooled_keys(k, k_cmp, valid, compress_block, compress_stride)
     else:
         raise ValueError(f"scorer must be 'channels' or 'mean', got {scorer!r}")
     blocks = torch.ops.nsa.select_blocks(

@@ -20,7 +20,7 @@ GATED: dict[str, Any] = {
     "compression": "mean", "compress_expand": 1.0, "num_mem_kv": 0, "gate": None,
     "share_selection": True, "importance": "overlap", "sel_scale": False,
 }  # fmt: skip
-_NOT_YET: dict[str, Any] = {"share_selection": True, "importance": "overlap", "sel_scale": False}
+_NOT_YET: dict[str, Any] = {"sel_scale": False}
 
 
 class NSAConfigError(ValueError):
@@ -104,10 +104,11 @@ def _sizes(config: NSAConfig) -> None:
             f"compress_block must be a multiple of compress_stride, got compress_block="
             f"{config.compress_block} and compress_stride={config.compress_stride}"
         )
-    if config.select_block % config.compress_stride:
+    small, large = sorted((config.select_block, config.compress_stride))
+    if large % small:
         raise NSAConfigError(
-            f"select_block must be a multiple of compress_stride, got select_block="
-            f"{config.select_block} and compress_stride={config.compress_stride}"
+            f"select_block must be a multiple of compress_stride or a divisor of it, got "
+            f"select_block={config.select_block} and compress_stride={config.compress_stride}"
         )
     if config.candidates is not None and config.candidates < (config.num_selected or 0):
         raise NSAConfigError(

@@ -241,10 +241,11 @@ class MeanScorer(_Scorer):
     def __init__(
         self, q: Tensor, k: Tensor, summary: Tensor, visibility: Visibility, modifiers: Modifiers,
         scale: float, tiling: Tiling, pairs: range, compress_block: int, compress_stride: int,
+        importance: str = "overlap",
     ) -> None:  # fmt: skip
         visibility = replace(visibility, query_segments=None, key_segments=None)
         super().__init__(k, q.shape[1] // k.shape[1], visibility, modifiers, tiling, pairs)
-        self.length, self.stride = compress_block, compress_stride
+        self.length, self.stride, self.importance = compress_block, compress_stride, importance
         self.masks = Masks(tiling, visibility, self.wide, self.workspace)
         self.q = q.unflatten(1, (k.shape[1], self.group))
         self.keys = summary.flatten(0, 1)[pairs.start : pairs.stop].to(self.wide) * scale
@@ -298,17 +299,26 @@ class MeanScorer(_Scorer):
         return first, geometry.complete_compressed(keys[1] - 1, self.length, self.stride, count)
 
     def _spread(self, weight: Tensor, first: int, out: Tensor) -> None:
-        """Add [tiles, columns] compressed-block weights to the blocks they overlap."""
-        step = self.tiling.block // self.stride
-        pairs = geometry.overlap_weights(self.length, self.stride, self.tiling.block)
-        before = -pairs[0][0]
-        room = (out.shape[1] - 1) * step + pairs[-1][0] + before + 1
-        padded = weight.new_zeros(len(weight), max(room, before + first + weight.shape[1]))
-        padded[:, before + first : before + first + weight.shape[1]] = weight
-        for delta, share in pairs:
-            start = before + delta
-            columns = padded[:, start : start + (out.shape[1] - 1) * step + 1 : step]
-            out.add_(columns, alpha=share)
+        """Add [tiles, columns] compressed-block weights to the blocks that take part of them."""
+        sizes = (self.length, self.stride, self.tiling.block, self.importance)
+        deltas, phases = geometry.fold_range(*sizes), geometry.fold_weights(*sizes)
+        step, before = max(1, self.tiling.block // self.stride), -deltas[0]
+        last = before + first + weight.shape[1]
+        room = -(-out.shape[1] // len(phases)) * step + deltas[-1] + before
+        padded = weight.new_zeros(len(weight), max(room, last))
+        padded[:, before + first : last] = weight
+        if self.importance == "interpolate":
+            # The first block's value holds before it, the last one's behind it.
+            padded[:, :before] = padded[:, before, None]
+            if not self.tiling.causal:
+                end = before + self.keys.shape[1]
+                padded[:, end:] = padded[:, end - 1, None]
+        for phase, pairs in enumerate(phases):
+            mine = out[:, phase :: len(phases)]
+            for delta, share in pairs:
+                start = before + delta
+                columns = padded[:, start : start + (mine.shape[1] - 1) * step + 1 : step]
+                mine.add_(columns, alpha=share)
 
 
 def _pieces(

@@ -63,9 +63,9 @@ def mean_scores(
     q: Tensor, k: Tensor, summary: Tensor, valid: Tensor | None, ranges: Tensor | None,
     slopes: Tensor | None, positions: Tensor | None, scale: float, softcap: float, causal: bool,
     offset: int, window: int | None, query_tile: int, block: int, compress_block: int,
-    compress_stride: int,
+    compress_stride: int, importance: str = "overlap",
 ) -> Tensor:  # fmt: skip
-    """[B, Hkv, NT, Ns]: softmax over compressed blocks, spread over selection blocks by overlap.
+    """[B, Hkv, NT, Ns]: softmax over compressed blocks, spread over selection blocks.
 
     A compressed block is seen, and stands, where its last key is.
     """
@@ -86,8 +86,36 @@ def mean_scores(
     every[..., last] = logits
     logits = modified(every, offset, slopes, positions, softcap)[..., last]
     weights = tile_sum(safe_softmax(logits.masked_fill(~mask, -torch.inf)), kv_heads, query_tile)
-    overlap = torch.zeros(count, blocks, dtype=q.dtype)
+    sizes = (compress_block, compress_stride)
+    if importance == "interpolate":
+        return weights @ interpolation(count, blocks, block, *sizes, causal).to(q.dtype)
+    return weights @ overlap(count, blocks, block, *sizes).to(q.dtype)
+
+
+def overlap(count: int, blocks: int, block: int, length: int, stride: int) -> Tensor:
+    """float64 [Nc, Ns]: tokens that a compressed and a selection block share, in strides."""
+    shared = torch.zeros(count, blocks, dtype=torch.float64)
     for c in range(count):
-        for j in range(c * compress_stride, c * compress_stride + compress_block):
-            overlap[c, j // block] += 1 / compress_stride
-    return weights @ overlap
+        for j in range(c * stride, c * stride + length):
+            shared[c, j // block] += 1 / stride
+    return shared
+
+
+def interpolation(
+    count: int, blocks: int, block: int, length: int, stride: int, causal: bool
+) -> Tensor:
+    """float64 [Nc, Ns]: what the values at the centres of compressed blocks give each token.
+
+    Linear in between; the first value before the first centre. Behind the last centre the last
+    value, or under causality as if a value of 0 came next.
+    """
+    given = torch.zeros(count, blocks, dtype=torch.float64)
+    for j in range(blocks * block):
+        place = max((j - (length - 1) / 2) / stride, 0.0)
+        if not causal:
+            place = min(place, count - 1.0)
+        left, part = int(place), place - int(place)
+        for c, share in ((left, 1 - part), (left + 1, part)):
+            if c < count:
+                given[c, j // block] += share / stride
+    return given

@@ -20,7 +20,7 @@ def select_blocks(
     q: Tensor, k: Tensor, summary: Tensor, visibility: Visibility, modifiers: Modifiers,
     scorer: str, scale: float, causal: bool, offset: int, window: int | None, query_tile: int,
     block: int, num_selected: int, init_blocks: int, local_window: int, compress_block: int,
-    compress_stride: int, lse: Tensor | None = None,
+    compress_stride: int, lse: Tensor | None = None, importance: str = "overlap",
 ) -> Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n], ascending, padded with -1; see the reference for what they mean.
 
@@ -39,7 +39,7 @@ def select_blocks(
         if scorer == "channels":
             scoring = ChannelScorer(*inputs)
         else:
-            scoring = MeanScorer(*inputs, compress_block, compress_stride)
+            scoring = MeanScorer(*inputs, compress_block, compress_stride, importance)
         entries = torch.arange(pairs.start, pairs.stop) // kv_heads
         run = scoring.run_of_tiles()
         # One choice for several runs: its calls are many and small.

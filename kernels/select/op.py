@@ -6,6 +6,9 @@ sizes 0 and 1, so a dimension NT would cost short sequences a compilation of the
 ``lse`` float32 [B, Hq, Tq], of scorer "mean" alone: what nsa::compressed_attention returned for the
 same queries, compressed keys and mask. It saves a pass and changes nothing. Where a window, ranges,
 ALiBi or a softcap enter the scores it is not read: the softmax of the scores is then another one.
+
+``importance`` says how scorer "mean" carries probabilities over to blocks: "overlap" or
+"interpolate", ``nsa_compile.kernels.geometry.fold_weights``.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ _lib.define(
     "Tensor? query_segments, Tensor? key_segments, Tensor? slopes, Tensor? positions, str scorer, "
     "float scale, float softcap, bool causal, SymInt offset, int? window, int query_tile, "
     "int block, int num_selected, int init_blocks, int local_window, int compress_block, "
-    "int compress_stride, int dense_len, Tensor? lse=None) -> Tensor"
+    "int compress_stride, int dense_len, Tensor? lse=None, str importance='overlap') -> Tensor"
 )
 
 
@@ -41,7 +44,7 @@ def _fake(
     positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool, offset: int,
     window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
     local_window: int, compress_block: int, compress_stride: int, dense_len: int,
-    lse: Tensor | None = None,
+    lse: Tensor | None = None, importance: str = "overlap",
 ) -> Tensor:  # fmt: skip
     slots = geometry.num_tiles(q.shape[2], query_tile) * num_selected
     return q.new_empty((k.shape[0], k.shape[1], slots), dtype=torch.int32)
@@ -56,7 +59,7 @@ def _dispatch(implementation: Any) -> Any:
         positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool,
         offset: int, window: int | None, query_tile: int, block: int, num_selected: int,
         init_blocks: int, local_window: int, compress_block: int, compress_stride: int,
-        dense_len: int, lse: Tensor | None = None,
+        dense_len: int, lse: Tensor | None = None, importance: str = "overlap",
     ) -> Tensor:  # fmt: skip
         if k.shape[2] <= dense_len:
             slots = geometry.num_tiles(q.shape[2], query_tile) * num_selected
@@ -66,13 +69,14 @@ def _dispatch(implementation: Any) -> Any:
             local_window, block,
         )  # fmt: skip
         if scorer == "mean":
+            geometry.check_fold(compress_stride, block)
             count = geometry.num_compressed(k.shape[2], compress_block, compress_stride)
             summary = summary[:, :, :count]
         blocks: Tensor = implementation()(
             q, k, summary, Visibility(valid, ranges, query_segments, key_segments),
             Modifiers(slopes, positions, softcap), scorer, scale, causal, offset, window,
             query_tile, block, num_selected, init_blocks, local_window, compress_block,
-            compress_stride, lse,
+            compress_stride, lse, importance,
         )  # fmt: skip
         return blocks.flatten(2)
 

@@ -14,7 +14,7 @@ def ranked_scores(
     query_segments: Tensor | None, key_segments: Tensor | None, slopes: Tensor | None,
     positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool, offset: int,
     window: int | None, query_tile: int, block: int, init_blocks: int, local_window: int,
-    compress_block: int, compress_stride: int,
+    compress_block: int, compress_stride: int, importance: str = "overlap",
 ) -> Tensor:  # fmt: skip
     """[B, Hkv, NT, Ns]: the scores, +inf for forced blocks, -inf for those not visible.
 
@@ -26,7 +26,7 @@ def ranked_scores(
         seen = (valid, ranges, query_segments, key_segments)
         scores = channel_scores(q, k, summary, *seen, *logits)
     else:
-        compression = (compress_block, compress_stride)
+        compression = (compress_block, compress_stride, importance)
         scores = mean_scores(q, k, summary, valid, ranges, *logits, *compression)
     seen = visible(q_len, kv_len, causal, offset, window, valid, ranges)
     distance = torch.arange(q_len)[:, None] + offset - torch.arange(kv_len)[None, :]
@@ -46,13 +46,13 @@ def select_blocks(
     query_segments: Tensor | None, key_segments: Tensor | None, slopes: Tensor | None,
     positions: Tensor | None, scorer: str, scale: float, softcap: float, causal: bool, offset: int,
     window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
-    local_window: int, compress_block: int, compress_stride: int,
+    local_window: int, compress_block: int, compress_stride: int, importance: str = "overlap",
 ) -> Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n], ascending, -1 at the end; of equal scores the lower index wins."""
     scores = ranked_scores(
         q, k, summary, valid, ranges, query_segments, key_segments, slopes, positions, scorer,
         scale, softcap, causal, offset, window, query_tile, block, init_blocks, local_window,
-        compress_block, compress_stride,
+        compress_block, compress_stride, importance,
     )  # fmt: skip
     chosen = torch.full((*scores.shape[:3], num_selected), -1, dtype=torch.int32)
     order = scores.sort(dim=-1, descending=True, stable=True).indices

@@ -34,14 +34,25 @@ WARPS = ((512, 1), (2048, 2), (WIDEST, 8))
 
 @triton.jit
 def _folded_mass(
-    mass, block, seen, first, last, window, count, CB: tl.constexpr, CD: tl.constexpr,
-    L: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    mass, block, seen, first, last, window, count, FROM: tl.constexpr, TO: tl.constexpr,
+    BETWEEN: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, L: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """A block's share of the tile's mass on compressed keys, by overlap in units of the stride."""
+    """A block's part of the tile's mass on compressed keys; see ``geometry.fold_weights``."""
     worth = tl.zeros_like(block).to(tl.float32)
-    for delta in tl.static_range(-((CB - 1) // CD), L // CD):
-        tokens = tl.minimum(delta * CD + CB, L) - tl.maximum(delta * CD, 0)
-        c = block * (L // CD) + delta
+    for delta in tl.static_range(FROM, TO):
+        c = block * L // CD + delta
+        lead = block * L - c * CD  # tokens from the start of c to that of the block
+        if BETWEEN:
+            share = tl.zeros_like(worth)
+            for token in range(0, L):
+                away = tl.abs((lead + token).to(tl.float32) - (CB - 1) / 2)
+                share += tl.maximum(1.0 - away / CD, 0.0)
+            c = tl.maximum(c, 0)
+            if not CAUSAL:
+                c = tl.minimum(c, count - 1)
+        else:
+            share = tl.maximum(tl.minimum(CB - lead, L) - tl.maximum(-lead, 0), 0).to(tl.float32)
         final = c * CD + CB - 1
         there = seen & (c >= 0) & (c < count)
         if CAUSAL:
@@ -50,16 +61,16 @@ def _folded_mass(
             there = there & (final < last + window)
         if WINDOWED:
             there = there & (final > first - window)
-        worth += tl.load(mass + c, mask=there, other=0.0) * (tokens / CD)
+        worth += tl.load(mass + c, mask=there, other=0.0) * (share / CD)
     return worth
 
 
 @triton.jit
 def _rank_keys(
     source, before, spans, at, pair, batch, block, first, last, kv_len, window, blocks, count,
-    tiles, init_blocks, local_window, PARTS: tl.constexpr, MEAN: tl.constexpr, CB: tl.constexpr,
-    CD: tl.constexpr, L: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    PADDED: tl.constexpr, RANGED: tl.constexpr,
+    tiles, init_blocks, local_window, PARTS: tl.constexpr, MEAN: tl.constexpr, FROM: tl.constexpr,
+    TO: tl.constexpr, BETWEEN: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, L: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
     """int32 keys of the blocks ``block`` for the tile at ``at``."""
     seen, forced = seen_and_forced(
@@ -69,8 +80,9 @@ def _rank_keys(
     if MEAN:
         mass = source + (pair * tiles + at) * count
         worth = _folded_mass(
-            mass, block, seen, first, last, window, count, CB, CD, L, CAUSAL, WINDOWED
-        )
+            mass, block, seen, first, last, window, count, FROM, TO, BETWEEN, CB, CD, L, CAUSAL,
+            WINDOWED,
+        )  # fmt: skip
     else:
         worth = tl.zeros_like(block).to(tl.float32)
         for piece in range(0, PARTS):
@@ -138,7 +150,8 @@ def _nth_largest(held, strip, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 def _pick_blocks(
     source, before, spans, spans_batch, keys, picked, kv_heads, q_len, kv_len, offset, window,
     blocks, count, first_tile, tiles, all_tiles, init_blocks, local_window, n, PARTS: tl.constexpr,
-    MEAN: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    MEAN: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, BETWEEN: tl.constexpr,
+    CB: tl.constexpr, CD: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, N_PAD: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
@@ -155,8 +168,8 @@ def _pick_blocks(
     for chunk in range(0, CHUNKS):
         held = _rank_keys(
             source, before, mine, at, pair, pair // kv_heads, chunk * CHUNK + lane, first, last,
-            kv_len, window, blocks, count, tiles, init_blocks, local_window, PARTS, MEAN, CB, CD, L,
-            CAUSAL, WINDOWED, PADDED, RANGED,
+            kv_len, window, blocks, count, tiles, init_blocks, local_window, PARTS, MEAN, FROM, TO,
+            BETWEEN, CB, CD, L, CAUSAL, WINDOWED, PADDED, RANGED,
         )  # fmt: skip
         if CHUNKS > 1:
             tl.store(strip + chunk * CHUNK + lane, held)
@@ -188,6 +201,7 @@ def select_blocks(
     modifiers: Modifiers, scorer: str, scale: float, causal: bool, offset: int,
     window: int | None, query_tile: int, block: int, num_selected: int, init_blocks: int,
     local_window: int, compress_block: int, compress_stride: int, lse: torch.Tensor | None = None,
+    importance: str = "overlap",
 ) -> torch.Tensor:  # fmt: skip
     """int32 [B, Hkv, NT, n], ascending, -1 padded: the blocks each tile reads.
 
@@ -212,10 +226,10 @@ def select_blocks(
     site = (scale, causal, offset, window)
     if mean:
         compression = (compress_block, compress_stride)
-        geometry.overlap_weights(*compression, block)
         mass = _Mass(q, summary, visibility, modifiers, kv_len, site, query_tile, compression, lse)
         group, dim = q.shape[1] // kv_heads, q.shape[3]
-        folded = mass.plain and triton_block_scores.fits(group, query_tile, dim)
+        nested = importance == "overlap" and block % compress_stride == 0
+        folded = nested and mass.plain and triton_block_scores.fits(group, query_tile, dim)
         score, parts = mass.block_scores(k, block) if folded else mass.scores(), 1
         width = blocks if folded else summary.shape[2]
     else:
@@ -223,6 +237,7 @@ def select_blocks(
             q, k, summary, visibility, modifiers, site, query_tile, block
         )
         width, folded = blocks, True
+    deltas = geometry.fold_range(compress_block, compress_stride, block, importance)
     step = max(1, SCRATCH_BYTES // (4 * pairs * max(width, 1) * parts))
     for first_tile in range(0, tiles, step):
         here = min(step, tiles - first_tile)
@@ -234,7 +249,8 @@ def select_blocks(
             score(first_tile, here), picked if before is None else before, spans,
             spans.stride(0) if ranged and len(spans) > 1 else 0, keys, picked, kv_heads, q_len,
             kv_len, offset, window or 0, blocks, width, first_tile, here, tiles, init_blocks,
-            local_window, num_selected, PARTS=parts, MEAN=not folded, CB=compress_block,
+            local_window, num_selected, PARTS=parts, MEAN=not folded, FROM=deltas.start,
+            TO=deltas.stop, BETWEEN=importance == "interpolate", CB=compress_block,
             CD=compress_stride, R=query_tile, L=block, CHUNK=chunk, CHUNKS=chunks,
             N_PAD=triton.next_power_of_2(num_selected), CAUSAL=causal, WINDOWED=window is not None,
             PADDED=valid is not None, RANGED=ranged,

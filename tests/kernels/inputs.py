@@ -43,6 +43,7 @@ class Site:
     slopes: bool = False
     positions: bool = False
     softcap: float = 0.0
+    importance: str = "overlap"
 
     @property
     def keys(self) -> int:

@@ -55,13 +55,14 @@ def test_most_forced_blocks(
 
 
 def test_paper_sizes_overlap_with_weights_1_2_2_2_1() -> None:
-    pairs = geometry.overlap_weights(32, 16, 64)
+    pairs = geometry.fold_weights(32, 16, 64, "overlap")[0]
     assert pairs == ((-1, 1.0), (0, 2.0), (1, 2.0), (2, 2.0), (3, 1.0))
 
 
 @pytest.mark.parametrize(("length", "stride", "block"), [(32, 16, 64), (8, 8, 8), (24, 8, 16)])
 def test_overlap_weights_count_tokens(length: int, stride: int, block: int) -> None:
-    weights = dict(geometry.overlap_weights(length, stride, block))
+    (pairs,) = geometry.fold_weights(length, stride, block, "overlap")
+    weights = dict(pairs)
     for s in (0, 3):
         for c in range(40):
             tokens = range(c * stride, c * stride + length)
@@ -70,8 +71,8 @@ def test_overlap_weights_count_tokens(length: int, stride: int, block: int) -> N
 
 
 def test_stride_that_does_not_divide_the_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of compress_stride, got block=64"):
-        geometry.overlap_weights(32, 24, 64)
+    with pytest.raises(ValueError, match="compress_stride or a divisor of it, got block=64"):
+        geometry.fold_weights(48, 24, 64, "overlap")
 
 
 def test_budget_that_cannot_hold_the_forced_blocks_is_refused() -> None:

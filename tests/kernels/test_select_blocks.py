@@ -25,7 +25,7 @@ def select(site: Site, scorer: str, q: Tensor, k: Tensor, dense_len: int = 0) ->
     blocks = torch.ops.nsa.select_blocks(
         q, k, summary(site, scorer, q, k), *site.terms(), scorer, *site.logits, site.query_tile,
         site.block, site.num_selected, site.init_blocks, site.local_window, site.compress_block,
-        site.compress_stride, dense_len,
+        site.compress_stride, dense_len, None, site.importance,
     )  # fmt: skip
     return blocks.reshape(site.batch, site.kv_heads, site.tiles, site.num_selected)
 
@@ -34,6 +34,7 @@ def reference_scores(site: Site, scorer: str, q: Tensor, k: Tensor) -> Tensor:
     return reference.ranked_scores(
         q, k, summary(site, scorer, q, k), *site.terms(), scorer, *site.logits, site.query_tile,
         site.block, site.init_blocks, site.local_window, site.compress_block, site.compress_stride,
+        site.importance,
     )  # fmt: skip
 
 

@@ -18,6 +18,14 @@ CASES = {
     "not causal": Case(causal=False, q_len=40, kv_len=56, query_tile=32),
     "not causal, window": Case(causal=False, window=9, q_len=63, kv_len=63),
     "dims 20 and 40": Case(dim=20, value_dim=40, q_len=31, kv_len=31),
+    "block of 8, tile 16": Case(block=8, q_len=40, kv_len=56, offset=16, count=5),
+    "block of 4, tile 16, group of three": Case(
+        heads=3, block=4, q_len=37, kv_len=50, offset=13, count=7, padded=True
+    ),
+    "block of 2, tile 8": Case(block=2, query_tile=8, q_len=29, kv_len=41, offset=12, count=6),
+    "block of 2, token granular, not causal": Case(
+        heads=2, block=2, query_tile=1, q_len=19, kv_len=41, causal=False, count=5
+    ),
     "long block": Case(kv_len=300, q_len=40, block=256, offset=260),
     "block of 24": Case(block=24, q_len=70, kv_len=70, query_tile=32),
     "negative offset": Case(q_len=70, kv_len=40, offset=-5),

@@ -14,6 +14,10 @@ CASES = {
     "group of two": _TOKENS,
     "group of three": _TOKENS._replace(heads=3),
     "group of sixteen": _TOKENS._replace(heads=16, q_len=18),
+    "block of 4": _TOKENS._replace(block=4, count=6),
+    "block of 2, group of three, padding": _TOKENS._replace(
+        heads=3, block=2, q_len=17, count=7, padded=True
+    ),
     "tile of four": _TOKENS._replace(query_tile=4),
     "padding": _TOKENS._replace(padded=True, batch=2),
     "window and padding": _TOKENS._replace(window=20, padded=True),

@@ -51,6 +51,7 @@ class Case(NamedTuple):
     slopes: bool = False
     positions: bool = False
     softcap: float = 0.0
+    importance: str = "overlap"
 
     @property
     def logits(self) -> tuple[float, float, bool, int, int | None]:
@@ -216,7 +217,9 @@ def select(
     forced = (1, case.local_window, case.compress_block, case.compress_stride)
     exact_summary = summary if scorer == "channels" else summary.double()
     wide, tensors = (q.double(), k.double(), exact_summary), case.terms(valid)
-    worth = reference.ranked_scores(*wide, *tensors, scorer, *case.logits, *sizes, *forced)
+    worth = reference.ranked_scores(
+        *wide, *tensors, scorer, *case.logits, *sizes, *forced, case.importance
+    )
     on_device = [x.to(device) for x in (q, k, summary)]
     tensors = [x if x is None else x.to(device) for x in tensors]
     extra = Visibility(*tensors[:4]), Modifiers(*tensors[4:], case.softcap)
@@ -224,7 +227,15 @@ def select(
     with poisoned(), replaced(triton_kernel, overrides):
         picked, again = (
             triton_kernel.select_blocks(
-                *on_device, *extra, scorer, *case.mask, *sizes, case.count, *forced, lse
+                *on_device,
+                *extra,
+                scorer,
+                *case.mask,
+                *sizes,
+                case.count,
+                *forced,
+                lse,
+                case.importance,
             ).cpu()
             for _ in range(2)
         )
