@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nsa_compile.kernels.autocast import autocast_dtype
 from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.config_checks import IMPORTANCES, SCORERS
 
 
 def logit_scale(scale: float | None, dim: int) -> float:
@@ -29,6 +30,32 @@ def pooled_keys(
             f"{k_cmp.dtype}"
         )
     return k_cmp
+
+
+def check_scorer(scorer: str, importance: str) -> None:
+    if scorer not in SCORERS:
+        raise ValueError(f"scorer must be {' or '.join(map(repr, SCORERS))}, got {scorer!r}")
+    if importance not in IMPORTANCES:
+        raise ValueError(
+            f"importance must be {' or '.join(map(repr, IMPORTANCES))}, got {importance!r}"
+        )
+    if importance != "overlap" and scorer != "mean":
+        raise ValueError(
+            f"importance={importance!r} is about compressed keys and needs scorer='mean', got "
+            f"scorer={scorer!r}"
+        )
+
+
+def check_blocks(block_indices: Tensor, q: Tensor, k: Tensor, query_tile: int) -> None:
+    tiles, shape = -(-q.shape[2] // query_tile), list(block_indices.shape)
+    batch, heads = k.shape[:2]
+    if len(shape) != 4 or shape[:3] not in ([batch, h, tiles] for h in (heads, q.shape[1])):
+        raise ValueError(
+            f"block_indices must be [B, Hkv, ceil(Tq / query_tile), n] = [{batch}, {heads}, "
+            f"{tiles}, n], or with Hq={q.shape[1]} for Hkv, got {shape}"
+        )
+    if block_indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"block_indices must be int32 or int64, got {block_indices.dtype}")
 
 
 def check_lse(lse: Tensor | None, q: Tensor, scorer: str) -> None:

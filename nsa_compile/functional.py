@@ -31,11 +31,13 @@ from torch import Tensor
 
 import nsa_compile.kernels.library  # noqa: F401
 from nsa_compile.checks import (
+    check_blocks,
     check_gated_terms,
     check_gates,
     check_inputs,
     check_lse,
     check_mask,
+    check_scorer,
     check_sizes,
     check_terms,
     check_unlearned,
@@ -48,6 +50,7 @@ from nsa_compile.masked_blocks import blocks_from_mask
 from nsa_compile.packed import packed_ranges
 from nsa_compile.passes import merges
 from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.heads import each_head
 
 __all__ = [
     "blocks_from_mask",
@@ -148,6 +151,7 @@ def select_blocks(
     query_segments: Tensor | None = None, key_segments: Tensor | None = None,
     slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
     lse: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    importance: str = "overlap", share_selection: bool = True,
 ) -> Tensor:  # fmt: skip
     """Choose the blocks of keys that each tile of queries reads.
 
@@ -179,9 +183,14 @@ def select_blocks(
         softcap: c of ``c * tanh(logit / c)``, applied to the scaled logit before ALiBi; 0 is none.
         lse: float32 [B, Hq, Tq], with scorer "mean": what ``compressed_attention`` returned for
             the same queries, compressed keys and mask. It saves time and changes nothing.
+        importance: how scorer "mean" carries probabilities over to blocks: "overlap" by the tokens
+            shared, "interpolate" linearly between the centres of compressed blocks, which tells
+            blocks apart that are smaller than these (formulas in docs/semantics.md).
+        share_selection: False lets each query head choose blocks of its own.
 
     Returns:
-        int32 [B, Hkv, ceil(Tq / R), n], ascending, -1 at the end. Not differentiable.
+        int32 [B, Hkv, ceil(Tq / R), n], ascending, -1 at the end; [B, Hq, ceil(Tq / R), n] without
+        ``share_selection``. Not differentiable.
 
     Raises:
         ValueError: a wrong shape, dtype or size, or ``num_selected`` cannot hold the forced blocks.
@@ -195,21 +204,29 @@ def select_blocks(
     check_lse(lse, q, scorer)
     ranges = packed_ranges(cu_seqlens, ranges, q.shape[2], k.shape[2], offset)
     check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
-    dim = q.shape[3]
-    if scorer == "channels":
-        channels = max(16, dim // 4) if score_channels is None else score_channels
-        check_sizes(score_channels=channels)
-        summary = torch.ops.nsa.channels(q, k, valid, min(channels, dim), 0)
-    elif scorer == "mean":
-        summary = pooled_keys(k, k_cmp, valid, compress_block, compress_stride)
-    else:
-        raise ValueError(f"scorer must be 'channels' or 'mean', got {scorer!r}")
-    blocks = torch.ops.nsa.select_blocks(
-        q, k, summary, valid, ranges, query_segments, key_segments, slopes, positions, scorer,
-        logit_scale(scale, dim), softcap, causal, offset, window, query_tile, block, num_selected,
-        init_blocks, local_window, compress_block, compress_stride, 0, lse,
-    )  # fmt: skip
-    return blocks.unflatten(2, (-(-q.shape[2] // query_tile), num_selected))
+    check_scorer(scorer, importance)
+    pooled = None
+    if scorer == "mean":
+        pooled = pooled_keys(k, k_cmp, valid, compress_block, compress_stride)
+    factor, dim = logit_scale(scale, q.shape[3]), q.shape[3]
+    channels = max(16, dim // 4) if score_channels is None else score_channels
+    check_sizes(score_channels=channels)
+
+    def choose(q: Tensor, lse: Tensor | None, slopes: Tensor | None) -> Tensor:
+        summary = pooled
+        if summary is None:
+            summary = torch.ops.nsa.channels(q, k, valid, min(channels, dim), 0)
+        blocks = torch.ops.nsa.select_blocks(
+            q, k, summary, valid, ranges, query_segments, key_segments, slopes, positions, scorer,
+            factor, softcap, causal, offset, window, query_tile, block, num_selected, init_blocks,
+            local_window, compress_block, compress_stride, 0, lse, importance,
+        )  # fmt: skip
+        return blocks.unflatten(2, (-(-q.shape[2] // query_tile), num_selected))
+
+    if share_selection:
+        return choose(q, lse, slopes)
+    mine: Tensor = each_head(choose, k.shape[1], q, lse, slopes)
+    return mine
 
 
 def selected_attention(
@@ -227,7 +244,8 @@ def selected_attention(
         k: [B, Hkv, Tk, D], the dtype of q.
         v: [B, Hkv, Tk, Dv], the dtype of q.
         block_indices: integers [B, Hkv, ceil(Tq / R), n], as from ``select_blocks``; -1 is an empty
-            slot, and a block named twice counts once.
+            slot, and a block named twice counts once. [B, Hq, ceil(Tq / R), n] lists blocks for
+            each query head.
         block: L, keys in a block.
         query_tile: R, queries that share one choice.
         scale: of the logits; None is ``1 / sqrt(D)``.
@@ -245,20 +263,20 @@ def selected_attention(
     check_mask(window, 0)
     ranges = packed_ranges(cu_seqlens, ranges, q.shape[2], k.shape[2], offset)
     check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
-    terms = (valid, ranges, query_segments, key_segments, slopes, positions)
-    tiles = -(-q.shape[2] // query_tile)
-    shape = tuple(block_indices.shape)
-    if len(shape) != 4 or shape[:3] != (k.shape[0], k.shape[1], tiles):
-        raise ValueError(
-            f"block_indices must be [B, Hkv, ceil(Tq / query_tile), n] = "
-            f"[{k.shape[0]}, {k.shape[1]}, {tiles}, n], got {list(shape)}"
+    terms = (valid, ranges, query_segments, key_segments)
+    check_blocks(block_indices, q, k, query_tile)
+    site = (logit_scale(scale, q.shape[3]), softcap, causal, offset, window, query_tile, block)
+
+    def attend(q: Tensor, listed: Tensor, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.nsa.selected_attention(
+            q, k, v, listed.to(torch.int32), *terms, slopes, positions, *site, 0
         )
-    if block_indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"block_indices must be int32 or int64, got {block_indices.dtype}")
-    out, lse = torch.ops.nsa.selected_attention(
-        q, k, v, block_indices.to(torch.int32), *terms, logit_scale(scale, q.shape[3]), softcap,
-        causal, offset, window, query_tile, block, 0,
-    )  # fmt: skip
+        return out, lse
+
+    if block_indices.shape[1] == k.shape[1]:
+        out, lse = attend(q, block_indices, slopes)
+    else:
+        out, lse = each_head(attend, k.shape[1], q, block_indices, slopes)
     return (out, lse) if return_lse else out
 
 

@@ -175,14 +175,14 @@ class NSAConfig:
     def local_window(self) -> int:
         """Most recent keys that a choice of blocks always holds: ``window``.
 
-        With gates the window is a branch of its own. Its selection holds the query's own block and
-        the one before (arXiv 2502.11089, section 4.1), or the own alone when ``num_selected`` has
-        no room for more.
+        With gates the window is a branch of its own. The selection holds the query's own block and
+        the one before (arXiv 2502.11089, section 4.1), or the own alone where ``num_selected``
+        would leave nothing to choose.
         """
         if self.merge != "gate":
             return self.window or 0
         both = self.select_block + 1
-        return both if self._forced(both, None) <= (self.num_selected or 0) else 1
+        return both if self._forced(both, None) < (self.num_selected or 0) else 1
 
     def forced_blocks(self, offset: int | None = 0, causal: bool = True) -> int:
         """Most blocks that are forced on one tile: the first ones and those of local_window."""

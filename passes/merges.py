@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nsa_compile.passes.choice import Choice, Logits, Terms, chosen_blocks
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.selectors import choose
+from nsa_compile.passes.selected import selected_branch
 from nsa_compile.passes.templates import Learned
 
-Terms = tuple[Tensor | None, ...]
-Logits = tuple[float, float, bool, int, int | None]
 # One H100, 65,536 tokens, window 512, blocks of 64, ms forward + backward by queries of a tile.
 # 64/4 heads: 16 queries 3.5 + 12.2, 32 queries 3.5 + 12.0, 64 queries 3.5 + 12.8; 32/8 heads: 32
 # queries 1.9 + 6.2, 64 queries 2.0 + 6.6, 128 queries 2.2 + 7.2; 32/32 heads: 32 queries 3.5 + 8.1,
@@ -22,18 +20,6 @@ _WINDOW_BLOCK = 64
 # Two rows past the compressed blocks keep their number from ever being 0 or 1, sizes that torch
 # compiles separately for: one dynamic compilation serves short sequences too.
 SPARE_ROWS = 2
-
-
-class Choice(NamedTuple):
-    """What the choice of blocks depends on beside the config.
-
-    ``local_window`` most recent keys are always read; up to ``dense_len`` keys all are.
-    """
-
-    local_window: int
-    dense_len: int
-    k_cmp: Tensor | None = None
-    lse: Tensor | None = None
 
 
 def one_softmax(
@@ -63,8 +49,6 @@ def gated(
 ) -> Tensor:  # fmt: skip
     """``merge="gate"``: the gated sum of three branches (arXiv 2502.11089, eq. 5)."""
     ops, mask = torch.ops.nsa, (scale, causal, offset)
-    terms: Terms = (valid, ranges, None, None, None, None)
-    logits: Logits = (scale, 0.0, causal, offset, None)
     sizes = (options.compress_block, options.compress_stride)
     gates, k_cmp, v_cmp, k_mem, v_mem = learned
     compressed, lse = ops.compressed_attention(
@@ -73,9 +57,7 @@ def gated(
     window, _ = sliding_window(q, k, v, valid, ranges, *mask, options.window or 1)
     selected = torch.zeros_like(window)
     if options.num_selected:
-        blocks = gated_choice(q, k, k_cmp, lse, options, valid, ranges, mask)
-        tiling = (options.query_tile, options.select_block)
-        selected, _ = ops.selected_attention(q, k, v, blocks, *terms, *logits, *tiling, 0)
+        selected = selected_branch(q, k, v, k_cmp, lse, options, valid, ranges, mask)
     if k_mem is not None and v_mem is not None:
         compressed = with_memory(q, compressed, lse, k_mem, v_mem, scale)
     out: Tensor = ops.combine(gates, compressed, selected, window)
@@ -92,47 +74,6 @@ def with_memory(
     # A query that sees no block has lse -inf: all of its softmax is memory.
     share = torch.sigmoid(logits.logsumexp(-1).flatten(1, 2) - lse)[..., None]
     return (out * (1 - share) + remembered.flatten(1, 2) * share).to(out.dtype)
-
-
-def gated_choice(
-    q: Tensor, k: Tensor, k_cmp: Tensor, lse: Tensor, options: NSAConfig, valid: Tensor | None,
-    ranges: Tensor | None, mask: tuple[float, bool, int],
-) -> Tensor:  # fmt: skip
-    """The blocks of the selected branch; ``lse`` is that of the compressed one."""
-    scale, causal, offset = mask
-    # Scores see a compressed block that begins before the query's range, the branch does not.
-    same = options.scorer == "mean" and ranges is None
-    choice = Choice(options.local_window(), 0, k_cmp.detach(), lse.detach() if same else None)
-    terms: Terms = (valid, ranges, None, None, None, None)
-    return chosen_blocks(q, k, options, terms, (scale, 0.0, causal, offset, None), choice)
-
-
-def chosen_blocks(
-    q: Tensor, k: Tensor, options: NSAConfig, terms: Terms, logits: Logits, choice: Choice
-) -> Tensor:
-    """int32 [B, Hkv, NT * n]; where the scorer proposes more than n, exact logits choose."""
-    ops, valid, dim = torch.ops.nsa, terms[0], q.shape[3]
-    if options.selector != "nsa":
-        scale, _, causal, offset, _ = logits
-        return choose(q, k, valid, options, scale, causal, offset)
-    compression = (options.compress_block, options.compress_stride)
-    if options.scorer == "channels":
-        summary = ops.channels(q, k, valid, options.channels(dim), choice.dense_len)
-    elif choice.k_cmp is None:
-        summary = ops.compress(k, valid, *compression, 0, choice.dense_len)
-    else:
-        summary = choice.k_cmp
-    sizes = (options.query_tile, options.select_block)
-    forced = (options.init_blocks, choice.local_window)
-    blocks: Tensor = ops.select_blocks(
-        q, k, summary, *terms, options.scorer, *logits, *sizes, options.proposed_blocks(), *forced,
-        *compression, choice.dense_len, choice.lse,
-    )  # fmt: skip
-    if options.proposed_blocks() > (options.num_selected or 0):
-        blocks = ops.refine_blocks(
-            q, k, blocks, *terms, *logits, *sizes, options.num_selected, *forced, choice.dense_len
-        )
-    return blocks
 
 
 def sliding_window(

@@ -11,6 +11,7 @@ from torch import Tensor
 from nsa_compile import functional
 from nsa_compile.bench.settings import Settings
 from nsa_compile.passes import merges
+from nsa_compile.passes.selected import gated_choice
 
 
 class GatedPath:
@@ -51,7 +52,7 @@ class GatedPath:
             return out, lse
 
         def select(k_cmp: Tensor, lse: Tensor) -> Tensor:
-            return merges.gated_choice(q, k, k_cmp, lse, config, None, None, (scale, True, 0))
+            return gated_choice(q, k, k_cmp, lse, config, None, None, (scale, True, 0))
 
         def selected(blocks: Tensor) -> Tensor:
             tiling = (config.query_tile, config.select_block)

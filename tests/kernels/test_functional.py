@@ -148,8 +148,8 @@ WRONG = {
     "scorer must be 'channels' or 'mean', got 'max'": lambda: functional.select_blocks(
         q, k, scorer="max"
     ),
-    "block must be a multiple of compress_stride, got block=64 and compress_stride=24": lambda: (
-        functional.select_blocks(q, k, scorer="mean", compress_stride=24)
+    "or a divisor of it, got block=64 and compress_stride=24": lambda: functional.select_blocks(
+        q, k, scorer="mean", compress_stride=24
     ),
     "k_cmp must be [B, Hkv, Nc, D] = [2, 2, 11, 16] in torch.float32": lambda: (
         functional.select_blocks(q, k, scorer="mean", k_cmp=k)
@@ -176,7 +176,7 @@ WRONG = {
     "num_selected=2 cannot hold the 4 blocks of 64": lambda: functional.select_blocks(
         q, k, num_selected=2
     ),
-    "[2, 2, 7, n], got [2, 2, 13, 5]": lambda: functional.selected_attention(
+    "[2, 2, 7, n], or with Hq=4 for Hkv, got [2, 2, 13, 5]": lambda: functional.selected_attention(
         q, k, v, blocks, block=16, query_tile=32
     ),
     "block_indices must be int32 or int64, got torch.float32": lambda: (

@@ -10,6 +10,7 @@ from nsa_compile.kernels.attend import reference as attend
 from nsa_compile.kernels.compressed.reference import visible
 from nsa_compile.kernels.select import reference as select
 from nsa_compile.nn import NSAParameters
+from tests.kernels.test_select_blocks import assert_best
 
 
 def compress(kind: str, module: nn.Module | None, x: Tensor, real: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def compressed(own: NSAParameters, module: nn.Module | None, x: Tensor, valid: T
 
 def attention(
     own: NSAParameters, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool = True,
-    valid: Tensor | None = None, scale: float | None = None,
+    valid: Tensor | None = None, scale: float | None = None, offset: int = 0,
 ) -> Tensor:  # fmt: skip
     """The gated branches [B, Hq, Tq, Dv] for hidden states [B, Tq, C]."""
     config, (batch, heads, q_len, dim), kv_len = own.config, q.shape, k.shape[2]
@@ -73,30 +74,53 @@ def attention(
     gates = logits.sigmoid().view(batch, q_len, heads, 3).transpose(1, 2)
     k_cmp = compressed(own, own.compress_k, k, real)
     v_cmp = compressed(own, own.compress_v, v, real)
-    sizes = (config.compress_block, config.compress_stride)
-    o_cmp = _compressed_branch(own, q, k_cmp, v_cmp, real, causal, scale)
-    terms, mask = (valid, None, None, None, None, None), (scale, 0.0, causal, 0)
-    tiling = (config.query_tile, config.select_block)
-    o_slc = torch.zeros_like(o_cmp)
-    if config.num_selected:
-        with torch.no_grad():
-            blocks = select.select_blocks(
-                q, k, k_cmp, *terms, "mean", *mask, None, *tiling, config.num_selected,
-                config.init_blocks, config.local_window(), *sizes,
-            )  # fmt: skip
-        o_slc, _ = attend.selected_attention(q, k, v, blocks, *terms, *mask, None, *tiling)
-    tiles, count = -(-q_len // config.query_tile), -(-kv_len // config.select_block)
-    every = torch.arange(count).expand(batch, k.shape[1], tiles, count)
-    o_win, _ = attend.selected_attention(q, k, v, every, *terms, *mask, config.window, *tiling)
+    o_cmp = _compressed_branch(own, q, k_cmp, v_cmp, real, causal, scale, offset)
+    terms, mask = (valid, None, None, None, None, None), (scale, 0.0, causal, offset)
+    o_slc = _selected_branch(own, q, k, v, k_cmp, terms, mask)
+    whole, tiling = torch.zeros(batch, k.shape[1], 1, 1, dtype=torch.int32), (q_len, kv_len)
+    o_win, _ = attend.selected_attention(q, k, v, whole, *terms, *mask, config.window, *tiling)
     return (torch.stack((o_cmp, o_slc, o_win), -1) * gates[..., None, :]).sum(-1)
 
 
+def _selected_branch(
+    own: NSAParameters, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor,
+    terms: tuple[Tensor | None, ...], mask: tuple[float, float, bool, int],
+) -> Tensor:  # fmt: skip
+    """One softmax over the blocks that the group chose, or the query head for itself."""
+    config = own.config
+    if not config.num_selected:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    if not config.share_selection:
+        group = q.shape[1] // k.shape[1]
+        k, v, k_cmp = (x.repeat_interleave(group, 1) for x in (k, v, k_cmp))
+    sizes = (config.query_tile, config.select_block)
+    forced = (config.init_blocks, config.local_window())
+    scoring = (config.compress_block, config.compress_stride)
+    with torch.no_grad():
+        blocks = torch.ops.nsa.select_blocks(
+            q, k, k_cmp, *terms, "mean", *mask, None, *sizes, config.num_selected, *forced,
+            *scoring, 0, None, config.importance,
+        )  # fmt: skip
+        blocks = blocks.unflatten(2, (-1, config.num_selected))
+        # Blocks inside one compressed block may be equally good: any of the best will do.
+        assert_best(
+            blocks,
+            select.ranked_scores(
+                q, k, k_cmp, *terms, "mean", *mask, None, *sizes, *forced, *scoring,
+                config.importance,
+            ),
+            1e-9,
+        )  # fmt: skip
+    return attend.selected_attention(q, k, v, blocks, *terms, *mask, None, *sizes)[0]
+
+
 def _compressed_branch(
-    own: NSAParameters, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, causal: bool, scale: float
-) -> Tensor:
+    own: NSAParameters, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, causal: bool, scale: float,
+    offset: int,
+) -> Tensor:  # fmt: skip
     """One softmax over memory and the compressed blocks that a query sees."""
     sizes = (own.config.compress_block, own.config.compress_stride)
-    seen = visible(q.shape[2], k.shape[2], valid, None, causal, 0, *sizes)[:, None]
+    seen = visible(q.shape[2], k.shape[2], valid, None, causal, offset, *sizes)[:, None]
     seen = seen.expand(q.shape[0], 1, -1, -1)
     if own.memory_k is not None and own.memory_v is not None:
         batch, count = q.shape[0], own.memory_k.shape[1]

@@ -162,10 +162,8 @@ def test_learned_options_are_checked(options: dict[str, Any], text: str) -> None
 
 def test_a_small_gated_budget_forces_the_own_block_alone() -> None:
     assert NSAConfig(merge="gate").local_window() == 65
-    assert (
-        NSAConfig(merge="gate", num_selected=3, select_block=2, compress_stride=2).local_window()
-        == 3
-    )
+    assert NSAConfig(merge="gate", num_selected=4).local_window() == 65
+    assert NSAConfig(merge="gate", num_selected=3).local_window() == 1  # leaves one to choose
     assert NSAConfig(merge="gate", num_selected=2).local_window() == 1
     assert NSAConfig(window=100).local_window() == 100
 

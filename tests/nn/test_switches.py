@@ -1,0 +1,143 @@
+"""Every switch of the gated selection against references in float64, forward and backward."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_compile.nn import NSAParameters
+from nsa_compile.passes import merges
+from tests.nn import learned_reference
+
+LENGTHS = (1, 4, 31, 32, 120, 507)
+SWITCHES: dict[str, tuple[Any, ...]] = {
+    "kv_heads": (8, 4),
+    "select_block": (8, 4, 2),
+    "num_selected": (0, 2),
+    "share_selection": (True, False),
+    "importance": ("overlap", "interpolate"),
+    "causal": (True, False),
+}
+
+
+def made(**options: Any) -> tuple[NSAParameters, bool]:
+    """Parameters in float64 that are not at their beginning, and whether they are causal."""
+    torch.manual_seed(0)
+    causal, kv_heads = options.pop("causal", True), options.pop("kv_heads", 4)
+    sizes = {
+        "merge": "gate", "compress_block": 8, "compress_stride": 4, "window": 6,
+        "compression": "weighted", "num_mem_kv": 1, "select_block": 4, "num_selected": 4,
+        "init_blocks": 0,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # num_selected=0 says what it leaves out
+        own = NSAParameters(
+            {**sizes, **options}, width=6, q_heads=8, kv_heads=kv_heads, head_dim=8
+        ).double()
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return own, causal
+
+
+def inputs(own: NSAParameters, q_len: int, kv_len: int, batch: int = 1) -> list[Tensor]:
+    """Hidden states, q, k and v."""
+    torch.manual_seed(q_len)
+    shapes = [
+        (batch, q_len, 6), (batch, own.q_heads, q_len, 8), (batch, own.kv_heads, kv_len, 8),
+        (batch, own.kv_heads, kv_len, 8),
+    ]  # fmt: skip
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def run(
+    own: NSAParameters, given: list[Tensor], causal: bool, valid: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:  # fmt: skip
+    hidden, q, k, v = given
+    learned = own(hidden, k, v, valid)
+    return merges.gated(q, k, v, learned, own.config, valid, None, 8**-0.5, causal, offset)
+
+
+def compare(
+    q_len: int, kv_len: int | None = None, offset: int = 0, padded: bool = False, **options: Any
+) -> None:
+    """Output and the gradient of every input and parameter."""
+    own, causal = made(**options)
+    kv_len = q_len if kv_len is None else kv_len
+    given, valid = inputs(own, q_len, kv_len, 1 + padded), None
+    if padded:
+        valid = torch.arange(kv_len).expand(2, -1) >= torch.tensor([[0], [kv_len // 3]])
+    out = run(own, given, causal, valid, offset)
+    exact = learned_reference.attention(own, *given, causal=causal, valid=valid, offset=offset)
+    torch.testing.assert_close(out, exact)
+    wanted, weights = [*given, *own.parameters()], torch.randn_like(exact)
+    grads, true = (
+        torch.autograd.grad((x * weights).sum(), wanted, allow_unused=True, materialize_grads=True)
+        for x in (out, exact)
+    )
+    names = ["hidden", "q", "k", "v", *(name for name, _ in own.named_parameters())]
+    for name, grad, other in zip(names, grads, true, strict=True):
+        torch.testing.assert_close(grad, other, msg=lambda text, name=name: f"d {name}: {text}")
+
+
+def combinations() -> list[dict[str, Any]]:
+    return [
+        dict(zip(SWITCHES, values, strict=True)) for values in itertools.product(*SWITCHES.values())
+    ]
+
+
+def told(options: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in options.values())
+
+
+def a_few() -> list[dict[str, Any]]:
+    """Combinations in which every pair of two switches' values meets."""
+    chosen: list[dict[str, Any]] = []
+    missing = {pair for each in combinations() for pair in itertools.combinations(each.items(), 2)}
+    while missing:
+        best = max(
+            combinations(),
+            key=lambda each: len(missing & set(itertools.combinations(each.items(), 2))),
+        )
+        chosen.append(best)
+        missing -= set(itertools.combinations(best.items(), 2))
+    return chosen
+
+
+@pytest.mark.parametrize("length", [1, 4, 31, 32])
+@pytest.mark.parametrize("options", a_few(), ids=told)
+def test_pairs_of_switches(options: dict[str, Any], length: int) -> None:
+    compare(length, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("options", combinations(), ids=told)
+def test_all_combinations(options: dict[str, Any], length: int) -> None:
+    compare(length, **options)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("lengths", [(20, 47, 27), (20, 47, 0), (40, 23, -9), (1, 30, 29)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_cross_attention(lengths: tuple[int, int, int], causal: bool, share: bool) -> None:
+    compare(*lengths, causal=causal, share_selection=share, importance="interpolate")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"share_selection": False}, {"importance": "interpolate", "select_block": 2}],
+    ids=str,
+)
+def test_padding(options: dict[str, Any]) -> None:
+    compare(41, padded=True, **options)
+
+
+def test_queries_in_tiles() -> None:
+    compare(45, query_tile=4, select_block=4, num_selected=6, share_selection=False)
