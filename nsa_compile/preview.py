@@ -42,7 +42,7 @@ def preview(
         ForwardError: the model's forward fails on the inputs.
         GraphFolderError: a file in ``folder`` cannot be written.
     """
-    with _progress() as step:
+    with progress() as step:
         step(f"building {request.target} on the meta device")
         target = load(request)
         step("capturing the graph")
@@ -105,7 +105,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def progress() -> Iterator[Callable[[str], None]]:
     """A spinner and a clock on standard error, when that is a terminal."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())

@@ -26,7 +26,8 @@ def hardware(device: str) -> str:
     """The name of the device."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def document(settings: Settings, rows: list[Row]) -> dict[str, Any]:

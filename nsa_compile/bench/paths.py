@@ -32,15 +32,17 @@ _BACKENDS = (
 
 
 @contextmanager
-def fastest_dense(device: str, qkv: tuple[Tensor, ...]) -> Iterator[str]:
-    """Inside, SDPA uses the first backend that takes these inputs; yields its name."""
+def fastest_dense(
+    device: str, qkv: tuple[Tensor, ...], call: Callable[..., Tensor]
+) -> Iterator[str]:
+    """Inside, SDPA uses the first backend that takes ``call(*qkv)``; yields its name."""
     if device != "cuda":
         yield "cpu"
         return
     for backend in _BACKENDS:
         try:
             with sdpa_kernel(backend):
-                dense(*qkv)
+                call(*qkv)
         except RuntimeError:
             continue
         with sdpa_kernel(backend):
@@ -49,10 +51,10 @@ def fastest_dense(device: str, qkv: tuple[Tensor, ...]) -> Iterator[str]:
     raise RuntimeError(f"no SDPA backend takes inputs of shape {tuple(qkv[0].shape)}")
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention as a model calls it."""
+def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """Attention as a model calls it."""
     return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 

@@ -108,16 +108,19 @@ def _measure_shape(
         torch.randn(1, length, h, settings.dim, dtype=dtype, device=settings.device).transpose(1, 2)
         for h in (heads[0], heads[1], heads[1])
     )
-    with fastest_dense(settings.device, qkv) as backend:
+    timed = functools.partial(
+        cost, device=settings.device, budget_ms=settings.budget_ms, backward=settings.backward
+    )
+    with fastest_dense(settings.device, qkv, dense) as backend:
         step("dense")
-        reference = _cost(settings, dense, qkv)
+        reference = timed(dense, qkv)
     rows = []
     for name in settings.paths:
         step(name)
         path = path_of(settings, name)
         inputs, is_dense = path.inputs(qkv), path.is_dense(length)
-        converted = _cost(settings, path, inputs)
-        sparse = _cost(settings, path.sparse(), inputs) if is_dense else converted
+        converted = timed(path, inputs)
+        sparse = timed(path.sparse(), inputs) if is_dense else converted
         stages = {
             stage: measure(call, settings.device, settings.budget_ms)
             for stage, call in path.sparse().stages(*inputs).items()
@@ -128,10 +131,17 @@ def _measure_shape(
     return rows
 
 
-def _cost(settings: Settings, path: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Cost:
-    device, budget = settings.device, settings.budget_ms
-    forward = measure(replayed(functools.partial(path, *inputs), device), device, budget)
-    if not settings.backward:
+def cost(
+    path: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    *,
+    device: str,
+    budget_ms: float,
+    backward: bool,
+) -> Cost:
+    """What ``path(*inputs)`` takes; each measurement takes about ``budget_ms``."""
+    forward = measure(replayed(functools.partial(path, *inputs), device), device, budget_ms)
+    if not backward:
         return Cost(forward)
     peak = peak_bytes(functools.partial(forward_and_backward, path, inputs), device)
-    return Cost(forward, measure(backward_of(path, inputs), device, budget), peak)
+    return Cost(forward, measure(backward_of(path, inputs), device, budget_ms), peak)

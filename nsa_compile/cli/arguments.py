@@ -8,7 +8,6 @@ from typing import NoReturn
 
 from nsa_compile.cli.completion import SHELLS
 from nsa_compile.cli.values import UsageError, lengths, positive
-from nsa_compile.passes.projection import LENGTHS
 from nsa_compile.targets import EXPECTED
 
 _DESCRIPTION = """\
@@ -88,6 +87,12 @@ def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--markdown", type=Path, metavar="PATH", help="write it as Markdown")
     group.add_argument("--html", type=Path, metavar="PATH", help="write it as one HTML file")
     group.add_argument(
+        "--bench",
+        action="store_true",
+        help="measure the layers' shapes on this device, dense and converted (with --train "
+        "backward too)",
+    )
+    group.add_argument(
         "--graph",
         type=Path,
         metavar="DIR",
@@ -96,9 +101,9 @@ def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lengths",
         type=lengths,
-        default=LENGTHS,
         metavar="T,...",
-        help="predict costs for sequences of these lengths (default 4096,8192,...,262144)",
+        help="predict costs for sequences of these lengths (default 4096,8192,...,262144), and "
+        "measure at them",
     )
     group.add_argument(
         "--explain",

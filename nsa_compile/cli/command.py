@@ -16,7 +16,8 @@ from nsa_compile.cli.completion import completion
 from nsa_compile.cli.values import UsageError, check_folder, check_writable, pairs, reasons, write
 from nsa_compile.graphs import GraphFolder, GraphFolderError
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
-from nsa_compile.preview import ForwardError, preview
+from nsa_compile.passes.projection import LENGTHS
+from nsa_compile.preview import ForwardError, preview, progress
 from nsa_compile.report import RewriteReport
 from nsa_compile.report.diff import ReportFileError, difference, read_report
 from nsa_compile.report.story import chosen, story
@@ -60,7 +61,10 @@ def _run(arguments: argparse.Namespace) -> int:
         check_writable(flag, path)
     check_folder("--graph", arguments.graph)
     folder = None if arguments.graph is None else GraphFolder(arguments.graph)
-    report, notes = preview(_request(arguments), config, arguments.lengths, folder)
+    lengths = arguments.lengths or LENGTHS
+    report, notes = preview(_request(arguments), config, lengths, folder)
+    if arguments.bench:
+        _measure(report, arguments)
     _print(report) if arguments.explain is None else _explain(report, arguments.explain)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -99,6 +103,13 @@ def _alone(arguments: argparse.Namespace, flag: str, what: str) -> None:
     others.remove(flag)
     if others:
         raise UsageError(f"{flag} expects {what} and no other option, got {', '.join(others)}")
+
+
+def _measure(report: RewriteReport, arguments: argparse.Namespace) -> None:
+    from nsa_compile.bench.sites import measure_sites
+
+    with progress() as step:
+        measure_sites(report, arguments.lengths, step, backward=arguments.train)
 
 
 def _explain(report: RewriteReport, layer: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_compile.passes.site import SiteRecord
-from nsa_compile.report.rows import amount
+from nsa_compile.report.units import amount
 
 METRICS = {"flops": "FLOPs", "bytes": "bytes read and written", "memory": "attention memory"}
 

@@ -34,11 +34,13 @@ class RewriteReport:
         model: class name of the model, or what the caller called it.
         sites: one record for each attention site.
         failures: what could not be captured or converted at all, as text.
+        bench: what ``nsa-convert --bench`` measured (docs/report.md), else None.
     """
 
     model: str
     sites: list[SiteRecord] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    bench: dict[str, Any] | None = None
 
     @classmethod
     def merge(
@@ -71,6 +73,7 @@ class RewriteReport:
             "failures": list(self.failures),
             "costs": [dataclasses.asdict(row) for row in costs(self.sites)],
             "predicted_break_even": break_even(self.sites),
+            "bench": self.bench,
         }
 
     def to_json(self) -> str:

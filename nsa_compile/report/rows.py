@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from nsa_compile.passes.site import SiteRecord
+from nsa_compile.report.measured import own_time
 from nsa_compile.report.summary import runs_dense
+from nsa_compile.report.units import amount
 
-_UNITS = ("", "k", "M", "G", "T", "P", "E", "Z")
 _SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -19,6 +20,7 @@ class Row:
 
     Attributes:
         flops: dense, and sparse behind an arrow where converted; ``saving`` is their ratio.
+        time: as ``flops``, measured at this length; empty where it was not.
         verdict: ``"converted"`` or ``"kept"``, then ``reason`` is the code.
     """
 
@@ -29,6 +31,7 @@ class Row:
     length: str
     flops: str
     saving: str
+    time: str
     verdict: str
     reason: str
     converted: bool
@@ -42,7 +45,7 @@ def rows(sites: list[SiteRecord]) -> list[Row]:
         pattern = re.sub(r"\d+", "#", site.module)
         texts = (_origin(site), _attention(site), _scores(site), _length(site))
         costs = (site.flops_dense, site.flops_sparse)
-        key = (pattern, site.ordinal, *texts, *costs, site.decision, site.reason)
+        key = (pattern, site.ordinal, *texts, *costs, own_time(site), site.decision, site.reason)
         groups.setdefault(key, []).append(site)
     return [_row(group) for group in groups.values()]
 
@@ -58,6 +61,7 @@ def _row(group: list[SiteRecord]) -> Row:
         length=_length(first),
         flops=_flops(first),
         saving=_saving(first),
+        time=own_time(first),
         verdict=first.decision,
         reason=first.reason or "",
         converted=first.decision == "converted",
@@ -138,13 +142,3 @@ def _length(site: SiteRecord) -> str:
     same = site.q_len == site.kv_len
     length = f"{site.kv_len}" if same else f"{site.q_len} x {site.kv_len}"
     return length if site.batch == 1 else f"{site.batch} x {length}"
-
-
-def amount(value: int | str) -> str:
-    """``12.3G``; a formula (it stands in the JSON) is ``symbolic``."""
-    if isinstance(value, str):
-        return "symbolic"
-    amount, unit = float(value), 0
-    while amount >= 1000 and unit < len(_UNITS) - 1:
-        amount, unit = amount / 1000, unit + 1
-    return f"{amount:.3g}{_UNITS[unit]}" if unit else f"{value}"

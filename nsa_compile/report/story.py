@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from nsa_compile.passes.site import SiteRecord
+from nsa_compile.report.measured import site_times
 
 
 def label(site: SiteRecord) -> str:
@@ -50,6 +51,9 @@ def _lines(site: SiteRecord) -> Iterator[str]:
         why = f": {row['reason']}: {row['text']}" if "reason" in row else ""
         yield f"  {row['outcome']:<11}  {row['check']}{why}"
     yield from _table(f"decision: {site.decision}", outcome(site))
+    times = site_times(site)
+    if times:
+        yield from _table("measured on this device", times)
 
 
 def found(site: SiteRecord) -> dict[str, object]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nsa_compile.cli import main
+from tests.report.schema import VALIDATOR
 
 MODELS = Path(__file__).parent / "models.py"
 
@@ -42,6 +43,8 @@ class Runner:
         status = main([*map(str, argv), "--json", str(path)])
         streams = self.capsys.readouterr()
         content = json.loads(path.read_text()) if path.exists() else None
+        if content is not None:
+            VALIDATOR.validate(content)
         assert "Traceback" not in streams.out + streams.err
         return Outcome(status, streams.out, streams.err, content)
 

@@ -19,7 +19,17 @@ from tests.cli.test_huggingface_targets import LLAMA
 FLAGS = ("--seq-len", "--batch", "--inputs", "--option", "--attn", "--hf-config", "--fail-on",
          "--explain", "--lengths", "--diff", "--completion", "--graph", "--json", "--markdown",
          "--html")  # fmt: skip
-SWITCHES = ("--train", "--strict", "--trust", "--version", "--help", "--", "-", "--no-such")
+SWITCHES = (
+    "--train",
+    "--strict",
+    "--bench",
+    "--trust",
+    "--version",
+    "--help",
+    "--",
+    "-",
+    "--no-such",
+)
 # Without path separators: what is written stays in the test's folder.
 WORDS = st.text(st.characters(exclude_characters="/\\"), max_size=12)
 PIECES = ("=", ":", "[", "]", ",", "T", "B", "int64", "bool", "window", "num_selected", "merge",

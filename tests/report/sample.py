@@ -1,8 +1,8 @@
-"""A report with one of everything: converted, dense here, kept, symbolic, a failure."""
+"""Reports with one of everything: converted, dense here, kept, symbolic, a failure, measured."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from nsa_compile.passes.reasons import Reason, Refusal
 from nsa_compile.passes.record import record
 from nsa_compile.passes.site import AttentionSite, Mask, SiteRecord
 from nsa_compile.report import RewriteReport
+from nsa_compile.report.measured import totals
 
 
 def make_record(module: str = "layers.0.attn", **changes: object) -> SiteRecord:
@@ -90,3 +91,36 @@ def sample_with_evidence() -> RewriteReport:
         row("", spelling="eager"),
     ]
     return RewriteReport.merge("Model<script>alert(1)</script>", records, ["a <failure>"])
+
+
+def sample_measured() -> RewriteReport:
+    """As if --bench had been given, on a device where sparse attention pays from 16k on."""
+    report = sample_with_evidence()
+    for site in report.sites:
+        if site.q_len == site.kv_len:
+            site.extra["measured"] = [
+                _measured(length, site.decision == "converted") for length in (8192, 16384, 32768)
+            ]
+    rows = [asdict(row) for row in totals(report.sites)]
+    report.bench = {
+        "hardware": "a device", "versions": {"torch": "2.13.0", "python": "3.12.1"}, "rows": rows,
+        "break_even": 15000, "break_even_measured": True,
+        "left_out": ["decoder.layers.0.cross_attn: its queries and keys are not equally many"],
+    }  # fmt: skip
+    return report
+
+
+def _measured(length: int, converted: bool) -> dict[str, Any]:
+    def times(value: float) -> list[float]:
+        return [value, value * 0.9, value * 1.2]
+
+    is_dense = converted and length <= 8192
+    dense, sparse = 3.75 * (length / 16384) ** 2, 3.5 * (length / 16384) ** 1.5
+    row: dict[str, Any] = {
+        "length": length, "dense_backend": "cudnn", "is_dense": is_dense if converted else None,
+    }  # fmt: skip
+    for part, factor in (("forward", 1.0), ("backward", 2.5)):
+        row[f"dense_{part}_ms"] = times(dense * factor)
+        row[f"sparse_{part}_ms"] = times(sparse * factor) if converted else None
+        row[f"converted_{part}_ms"] = row[f"{'dense' if is_dense else 'sparse'}_{part}_ms"]
+    return row

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from nsa_compile.report import RewriteReport
 from tests import golden
-from tests.report.sample import make_record, sample_report
+from tests.report.sample import make_record, sample_measured, sample_report, sample_with_evidence
 
 GOLDEN = Path(__file__).parent / "golden"
+SAMPLES = {"plain": sample_report, "evidence": sample_with_evidence, "measured": sample_measured}
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +28,13 @@ def check(name: str, text: str) -> None:
     golden.check(GOLDEN / name, text + "\n")
 
 
-def test_text() -> None:
-    check("table.txt", str(sample_report()))
-
-
-def test_markdown() -> None:
-    check("report.md", sample_report().to_markdown())
-
-
-def test_json() -> None:
-    check("report.json", sample_report().to_json())
+@pytest.mark.parametrize("name", SAMPLES)
+def test_golden(name: str) -> None:
+    report = SAMPLES[name]()
+    check(f"{name}.txt", str(report))
+    check(f"{name}.md", report.to_markdown())
+    check(f"{name}.json", report.to_json())
+    check(f"{name}.html", report.to_html())
 
 
 def test_printed_by_rich_the_table_has_colours_and_the_same_words() -> None:

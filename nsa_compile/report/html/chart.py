@@ -1,68 +1,98 @@
-"""A chart of cost over sequence length, dense against converted, both axes logarithmic."""
+"""A chart of a cost over sequence length, dense against converted, both axes logarithmic."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from nsa_compile.report.costs import METRICS, CostAt
 from nsa_compile.report.html.markup import Markup, joined, tag
-from nsa_compile.report.rows import amount
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 360, 240, 52, 32, 12
+_INNER = _HEIGHT - _BOTTOM - _TOP
 _SERIES = ("dense", "sparse")
 
 
-def chart(rows: list[CostAt], metric: str, break_even: int | None) -> Markup:
-    """One metric of ``rows`` (at least two); a dashed line marks the predicted break-even."""
-    axes = _Axes(rows, metric)
-    parts = [*_grid(axes, rows)]
-    if break_even is not None and rows[0].length <= break_even <= rows[-1].length:
-        x = axes.x(break_even)
+@dataclass(frozen=True)
+class Curves:
+    """What a chart shows.
+
+    Attributes:
+        title: of the chart; says whether it was predicted or measured.
+        points: length, dense and sparse value; at least two, ascending.
+        unit: a value as text.
+        marked: a length to mark, or None.
+        mark: what is said beside the mark.
+    """
+
+    title: str
+    points: list[tuple[int, float, float]]
+    unit: Callable[[float], str]
+    marked: int | None = None
+    mark: str = ""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [length for length, *_ in self.points]
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        at = 1 + _SERIES.index(name)
+        return [(point[0], point[at]) for point in self.points]
+
+
+def chart(curves: Curves) -> Markup:
+    """The two curves; a dashed line at the marked length."""
+    axes = _Axes(curves)
+    parts = [*_grid(axes, curves)]
+    if curves.marked is not None and curves.lengths[0] <= curves.marked <= curves.lengths[-1]:
+        x = axes.x(curves.marked)
         line = tag("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="break-even")
-        parts += [line, tag("text", "predicted break-even", x=x + 4, y=_TOP + 8, class_="note")]
+        parts += [line, tag("text", curves.mark, x=x + 4, y=_TOP + 8, class_="note")]
     for series in _SERIES:
-        values = [(row.length, getattr(row, f"{metric}_{series}")) for row in rows]
+        values = curves.series(series)
         points = " ".join(f"{axes.x(length)},{axes.y(value)}" for length, value in values)
         parts.append(tag("polyline", points=points, class_=series))
-        parts += [_point(axes, length, value, series) for length, value in values]
+        for length, value in values:
+            hint = tag("title", f"{series}, {length} tokens: {curves.unit(value)}")
+            place = {"cx": axes.x(length), "cy": axes.y(value)}
+            parts.append(tag("circle", hint, r=3, class_=series, **place))
     drawn = tag(
         "svg", joined(*parts), class_="chart", role="img", viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        aria_label=f"{METRICS[metric]} over sequence length",
+        aria_label=curves.title,
     )  # fmt: skip
-    return tag("figure", tag("figcaption", f"{METRICS[metric]} over tokens, predicted"), drawn)
+    return tag("figure", tag("figcaption", curves.title), drawn)
 
 
 class _Axes:
     """Places of lengths and values in the chart."""
 
-    def __init__(self, rows: list[CostAt], metric: str) -> None:
-        values = [getattr(row, f"{metric}_{series}") for row in rows for series in _SERIES]
-        self.low = math.floor(math.log10(max(min(values), 1)))
-        self.high = max(math.ceil(math.log10(max(*values, 1))), self.low + 1)
-        self.first, self.last = math.log2(rows[0].length), math.log2(rows[-1].length)
+    def __init__(self, curves: Curves) -> None:
+        values = [value for point in curves.points for value in point[1:] if value > 0] or [1]
+        self.low = math.floor(math.log10(min(values)))
+        self.high = max(math.ceil(math.log10(max(values))), self.low + 1)
+        self.first, self.last = (math.log2(curves.lengths[at]) for at in (0, -1))
 
     def x(self, length: int) -> float:
         part = (math.log2(length) - self.first) / max(self.last - self.first, 1e-9)
         return round(_LEFT + part * (_WIDTH - _LEFT - 12), 1)
 
-    def y(self, value: int) -> float:
-        part = (math.log10(max(value, 1)) - self.low) / (self.high - self.low)
-        return round(_HEIGHT - _BOTTOM - part * (_HEIGHT - _BOTTOM - _TOP), 1)
+    def y(self, value: float) -> float:
+        part = math.log10(value) - self.low if value > 0 else 0.0
+        return round(_HEIGHT - _BOTTOM - part / (self.high - self.low) * _INNER, 1)
 
 
-def _grid(axes: _Axes, rows: list[CostAt]) -> list[Markup]:
+def _grid(axes: _Axes, curves: Curves) -> list[Markup]:
     parts = []
     for power in range(axes.low, axes.high + 1):
-        y = axes.y(10**power)
+        y = axes.y(10.0**power)
         parts.append(tag("line", x1=_LEFT, x2=_WIDTH - 12, y1=y, y2=y, class_="grid"))
-        parts.append(tag("text", amount(10**power), x=_LEFT - 6, y=y + 4, class_="tick y"))
-    for row in rows:
-        label = f"{row.length >> 10}k" if row.length % 1024 == 0 else f"{row.length}"
-        place = {"x": axes.x(row.length), "y": _HEIGHT - _BOTTOM + 18}
-        parts.append(tag("text", label, class_="tick x", **place))
+        parts.append(tag("text", curves.unit(10.0**power), x=_LEFT - 6, y=y + 4, class_="tick y"))
+    free = 0.0  # where the next label has room
+    for length in curves.lengths:
+        label = f"{length >> 10}k" if length % 1024 == 0 else f"{length}"
+        x, width = axes.x(length), 7.0 * len(label)
+        if x - width / 2 >= free:
+            place = {"x": x, "y": _HEIGHT - _BOTTOM + 18}
+            parts.append(tag("text", label, class_="tick x", **place))
+            free = x + width / 2 + 4
     return parts
-
-
-def _point(axes: _Axes, length: int, value: int, series: str) -> Markup:
-    hint = tag("title", f"{series}, {length} tokens: {amount(value)}")
-    return tag("circle", hint, cx=axes.x(length), cy=axes.y(value), r=3, class_=series)

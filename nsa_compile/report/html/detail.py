@@ -7,6 +7,7 @@ from typing import Any
 from nsa_compile.passes.site import SiteRecord
 from nsa_compile.report.costs import METRICS, costs
 from nsa_compile.report.html.markup import Markup, joined, pairs, table, tag
+from nsa_compile.report.measured import site_times
 from nsa_compile.report.story import found, label, outcome
 
 
@@ -29,6 +30,9 @@ def detail(index: int, site: SiteRecord) -> Markup:
     if rows:
         parts.append(tag("h4", "Predicted cost"))
         parts.append(table(["tokens", *METRICS.values()], [row.texts() for row in rows]))
+    times = site_times(site)
+    if times:
+        parts += [tag("h4", "Measured on this device"), pairs(times)]
     return tag(
         "details", joined(*parts), id=f"site-{index}", data_reason=verdict, class_=site.decision
     )

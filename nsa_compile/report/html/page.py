@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nsa_compile.report.costs import METRICS, CostAt, break_even, costs, prediction
-from nsa_compile.report.html.chart import chart
+from nsa_compile.report.html.chart import Curves, chart
 from nsa_compile.report.html.detail import detail
 from nsa_compile.report.html.markup import Markup, joined, table, tag
 from nsa_compile.report.html.picture import picture
+from nsa_compile.report.measured import MeasuredAt, headings, sentence
 from nsa_compile.report.summary import dense_at_this_length, kept_groups, summary
+from nsa_compile.report.units import amount, milliseconds
 
 if TYPE_CHECKING:
     from nsa_compile.report.rewrite_report import RewriteReport
@@ -49,6 +51,8 @@ def _body(report: RewriteReport) -> list[Markup]:
         parts.append(tag("p", f"Note: {note}."))
     if report.sites:
         parts += [*_reasons(report), *_layers(report), *_costs(report)]
+    if report.bench is not None:
+        parts += _bench(report, report.bench)
     made = f"nsa_compile report, torch {torch.__version__}"
     return [tag("main", joined(*parts)), tag("footer", made)]
 
@@ -92,11 +96,39 @@ def _costs(report: RewriteReport) -> list[Markup]:
 
 def _charts(report: RewriteReport, rows: list[CostAt]) -> list[Markup]:
     length = break_even(report.sites)
-    legend = tag(
-        "p", tag("span", "dense", class_="key dense"), tag("span", "converted", class_="key sparse")
-    )
-    charts = (chart(rows, metric, length) for metric in METRICS)
-    return [legend, tag("div", *charts, class_="charts")]
+    drawn = []
+    for metric, name in METRICS.items():
+        title = f"{name} over tokens, predicted"
+        points = [
+            (row.length, getattr(row, f"{metric}_dense"), getattr(row, f"{metric}_sparse"))
+            for row in rows
+        ]
+        drawn.append(chart(Curves(title, points, amount, length, "predicted break-even")))
+    return [_legend("converted"), tag("div", *drawn, class_="charts")]
+
+
+def _bench(report: RewriteReport, bench: dict[str, Any]) -> list[Markup]:
+    """The times measured on this device, and what was not measured."""
+    rows = [MeasuredAt(**row) for row in bench["rows"]]
+    parts = [tag("h2", "Measured"), tag("p", sentence(bench, len(report.sites)))]
+    if len(rows) > 1:
+        points = [(row.length, row.dense_forward_ms, row.sparse_forward_ms) for row in rows]
+        marked = bench["break_even"] if bench["break_even_measured"] else None
+        title = "forward over tokens, measured"
+        drawn = chart(Curves(title, points, milliseconds, marked, "measured break-even"))
+        parts += [_legend("sparse"), tag("div", drawn, class_="charts")]
+    if rows:
+        parts.append(table(headings(rows), [row.texts() for row in rows]))
+    if bench["left_out"]:
+        items = (tag("li", f"not measured: {text}") for text in bench["left_out"])
+        parts.append(tag("ul", *items))
+    return parts
+
+
+def _legend(sparse: str) -> Markup:
+    """What the colours of the curves mean."""
+    keys = (("dense", "key dense"), (sparse, "key sparse"))
+    return tag("p", *(tag("span", name, class_=key) for name, key in keys))
 
 
 def _file(name: str) -> str:
