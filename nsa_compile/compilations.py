@@ -113,18 +113,21 @@ def _absolute(entry: CompiledGraph, prefix: str) -> list[SiteRecord]:
 def _layout(root: nn.Module) -> int:
     """Equal for modules that are built alike."""
     modules = [(path, type(module)) for path, module in root.named_modules()]
-    tensors = [(path, x.shape, x.dtype) for path, x in root.state_dict(keep_vars=True).items()]
+    # Not state_dict: its hooks shard the parameters of fully_shard, in the middle of a forward.
+    state = (*root.named_parameters(), *root.named_buffers())
+    tensors = [(path, x.shape, x.dtype) for path, x in state]
     return hash((*modules, *tensors))
 
 
 def _owners(compiled: object) -> tuple[list[Any], dict[str, nn.Module], str]:
     """-> backend callables behind ``compiled``, its modules by path, the model's name."""
     if isinstance(compiled, nn.Module):
-        module = getattr(compiled, "_orig_mod", compiled)
-        modules = dict(module.named_modules())
-        calls = [getattr(child, "_compiled_call_impl", None) for child in module.modules()]
-        contexts = [getattr(compiled, "dynamo_ctx", None), *map(_context, calls)]
-        name = type(module).__name__
+        modules = {_path(path): module for path, module in compiled.named_modules()}
+        calls = [getattr(child, "_compiled_call_impl", None) for child in compiled.modules()]
+        # A wrapper, for distributed training say, may hold what torch.compile returned.
+        whole = [getattr(child, "dynamo_ctx", None) for child in compiled.modules()]
+        contexts = [*whole, *map(_context, calls)]
+        name = type(modules[""]).__name__
     else:
         modules, contexts = {}, [_context(compiled)]
         name = str(getattr(compiled, "__qualname__", type(compiled).__name__))
@@ -135,6 +138,11 @@ def _owners(compiled: object) -> tuple[list[Any], dict[str, nn.Module], str]:
             f"{type(compiled).__name__} that was never compiled; pass what torch.compile returned"
         )
     return owners, modules, name
+
+
+def _path(path: str) -> str:
+    """``path`` as it was before torch.compile wrapped modules on its way."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _context(function: object) -> object | None:

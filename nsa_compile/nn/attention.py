@@ -30,6 +30,8 @@ _ARGUMENTS = {
     "compression": "compress_mlp",
     "compress_expand": "compress_mlp_expand_factor",
     "gate": "strategy_combine_mlp",
+    "share_selection": "query_heads_share_selected_kv",
+    "sel_scale": "use_diff_topk",
 }
 
 
@@ -56,6 +58,9 @@ class NativeSparseAttention(nn.Module):
             sees.
         causal: whether a query sees only keys up to its own.
         norm: RMSNorm of the hidden states ahead of the projections.
+        use_diff_topk: let a chosen block pass a gradient to the scores that chose it.
+        query_heads_share_selected_kv: the query heads of a group share one choice of blocks; False
+            lets each query head choose its own.
         compress_mlp: module that maps [B, Hkv, Nc, l, D] to [B, Hkv, Nc, D], of which keys and
             values get a copy each, or one of the names of :class:`NSAParameters`; None is
             ``"mlp"``.
@@ -75,6 +80,7 @@ class NativeSparseAttention(nn.Module):
         compress_block_size: int, selection_block_size: int, num_selected_blocks: int,
         compress_block_sliding_stride: int | None = None, kv_heads: int | None = None,
         num_compressed_mem_kv: int = 1, causal: bool = False, norm: bool = True,
+        use_diff_topk: bool = False, query_heads_share_selected_kv: bool = True,
         compress_mlp: nn.Module | str | None = None, compress_mlp_expand_factor: float = 1.0,
         strategy_combine_mlp: nn.Module | None = None, rotary: bool = True,
         rotary_base: float = 10000.0,
@@ -91,6 +97,8 @@ class NativeSparseAttention(nn.Module):
             compression="mlp" if compress_mlp is None else compress_mlp,
             compress_expand=compress_mlp_expand_factor,
             gate=strategy_combine_mlp,
+            share_selection=query_heads_share_selected_kv,
+            sel_scale=use_diff_topk,
         )
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
         self.dim_head, self.causal = dim_head, causal
