@@ -32,6 +32,7 @@ _ARGUMENTS = {
     "gate": "strategy_combine_mlp",
     "share_selection": "query_heads_share_selected_kv",
     "sel_scale": "use_diff_topk",
+    "importance": "interpolated_importance_score",
 }
 
 
@@ -61,6 +62,9 @@ class NativeSparseAttention(nn.Module):
         use_diff_topk: let a chosen block pass a gradient to the scores that chose it.
         query_heads_share_selected_kv: the query heads of a group share one choice of blocks; False
             lets each query head choose its own.
+        interpolated_importance_score: interpolate the probabilities of compressed blocks between
+            their centres to score selection blocks, which tells those apart that are smaller than
+            compressed ones; False weighs them by the tokens they share.
         compress_mlp: module that maps [B, Hkv, Nc, l, D] to [B, Hkv, Nc, D], of which keys and
             values get a copy each, or one of the names of :class:`NSAParameters`; None is
             ``"mlp"``.
@@ -81,6 +85,7 @@ class NativeSparseAttention(nn.Module):
         compress_block_sliding_stride: int | None = None, kv_heads: int | None = None,
         num_compressed_mem_kv: int = 1, causal: bool = False, norm: bool = True,
         use_diff_topk: bool = False, query_heads_share_selected_kv: bool = True,
+        interpolated_importance_score: bool = False,
         compress_mlp: nn.Module | str | None = None, compress_mlp_expand_factor: float = 1.0,
         strategy_combine_mlp: nn.Module | None = None, rotary: bool = True,
         rotary_base: float = 10000.0,
@@ -99,6 +104,7 @@ class NativeSparseAttention(nn.Module):
             gate=strategy_combine_mlp,
             share_selection=query_heads_share_selected_kv,
             sel_scale=use_diff_topk,
+            importance="interpolate" if interpolated_importance_score else "overlap",
         )
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
         self.dim_head, self.causal = dim_head, causal

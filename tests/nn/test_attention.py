@@ -99,6 +99,18 @@ def test_switches(options: dict[str, Any]) -> None:
     compare(made(**options), tokens(47))
 
 
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("interpolated", [False, True])
+@pytest.mark.parametrize("block", [8, 4, 2])
+def test_small_blocks(block: int, interpolated: bool, share: bool) -> None:
+    layer = made(
+        kv_heads=2, causal=True, selection_block_size=block, query_heads_share_selected_kv=share,
+        interpolated_importance_score=interpolated,
+    )  # fmt: skip
+    for length in LENGTHS[:-1]:
+        compare(layer, tokens(length))
+
+
 def test_padding() -> None:
     layer, x = made(causal=True, kv_heads=2), tokens(33)
     valid = torch.arange(33).expand(2, -1) >= torch.tensor([[0], [11]])
