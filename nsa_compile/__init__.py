@@ -18,6 +18,7 @@ from nsa_compile.nn import NativeSparseAttention, NSAParameters  # noqa: E402
 from nsa_compile.passes.config import NSAConfig, NSAConfigError  # noqa: E402
 from nsa_compile.preparation import prepare, unprepare  # noqa: E402
 from nsa_compile.report import RewriteReport  # noqa: E402
+from nsa_compile.verify import verify  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "prepare",
     "report",
     "unprepare",
+    "verify",
 ]
 
 

@@ -78,7 +78,7 @@ def nsa(
     if not conversion.changes:
         return _inner(gm, example_inputs, config, mode)
     original = Snapshot(gm)
-    conditions = _conditions(gm, conversion, values)
+    conditions = conditions_of(gm, conversion, values)
     try:
         rewrite(gm, conversion)
         compiled = _inner(gm, example_inputs, config, mode)
@@ -186,7 +186,7 @@ def _is_state(node: fx.Node) -> bool:
     return (kind() if callable(kind) else kind) is GuardSource.GLOBAL
 
 
-def _conditions(
+def conditions_of(
     gm: fx.GraphModule, conversion: Conversion, values: Mapping[fx.Node, torch.Tensor]
 ) -> list[Condition]:
     """What the proofs took for granted, to be looked at in every call."""

@@ -20,7 +20,7 @@ from nsa_compile.dynamo_text import headline, mixes_devices
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 # Capturing one model must not be cut short by what else was compiled in this process.
-_NO_LIMIT = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+NO_LIMIT = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
 
 
 # Finds the placeholders of a graph whose values are known, given its example inputs.
@@ -103,8 +103,8 @@ def _run(
 ) -> Capture:
     result = Capture()
     compiled = torch.compile(model, backend=_keeper(result, known), dynamic=dynamic)
-    limits = torch._dynamo.config.patch(**_NO_LIMIT)
-    with _dynamo_counters(result), _sizes_forgotten(), limits, default_device:
+    limits = torch._dynamo.config.patch(**NO_LIMIT)
+    with _dynamo_counters(result), sizes_forgotten(), limits, default_device:
         try:
             compiled(*args, **kwargs)
         except Exception as error:
@@ -132,7 +132,7 @@ def _keeper(result: Capture, known: Known) -> Callable[..., Any]:
 
     def keep(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         result.graphs.append(
-            CapturedGraph(gm, known(gm, example_inputs), _compile_id(frames), traced_module())
+            CapturedGraph(gm, known(gm, example_inputs), compile_id(frames), traced_module())
         )
         forward: Callable[..., Any] = gm.forward
         return forward
@@ -147,7 +147,7 @@ def traced_module() -> nn.Module | None:
 
 
 @contextmanager
-def _sizes_forgotten() -> Iterator[None]:
+def sizes_forgotten() -> Iterator[None]:
     """Dynamo remembers sizes by code: compiled in earnest, the model must not look dynamic."""
     known = pgo.get_code_state()
     before = copy.deepcopy(known)
@@ -158,7 +158,7 @@ def _sizes_forgotten() -> Iterator[None]:
         known.update(before)
 
 
-def _compile_id(frames: dict[str, list[str]]) -> str:
+def compile_id(frames: dict[str, list[str]]) -> str:
     """Dynamo's ``"frame/recompile"``, both counted from 0 in this capture.
 
     Dynamo counts for the whole process, which would make equal captures differ.

@@ -109,9 +109,15 @@ class Outliner:
     What a rewritten site reads from outside its body becomes one more operand of every call.
     """
 
-    def __init__(self, gm: fx.GraphModule, inlined: Inlined) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inlined: Inlined,
+        rewriter: Callable[[fx.GraphModule], Rewriter] = Rewriter,
+    ) -> None:
         self.gm = gm
         self.inlined = inlined
+        self.rewriter = rewriter
         # Every call of each body, and the bodies that change.
         self._calls: dict[fx.GraphModule, list[Body]] = {}
         self._changed: set[fx.GraphModule] = set()
@@ -134,7 +140,7 @@ class Outliner:
             for each, _ in calls:
                 self._touch(each)
         for module, inside in local.items():
-            Rewriter(module).apply(inside)
+            self.rewriter(module).apply(inside)
         changed = [bodies for module, bodies in self._calls.items() if module in self._changed]
         for bodies in sorted(changed, key=lambda each: -_depth(each[0])):
             self._drop_unused(bodies, used)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,20 +120,25 @@ def _without_claims(decision: Decision, reading: Lowering) -> Decision:
     return replace(decision, refusal=Refusal(Reason.MASK_FROM_OUTSIDE, why))
 
 
-def rewrite(gm: fx.GraphModule, conversion: Conversion) -> None:
+def rewrite(
+    gm: fx.GraphModule,
+    conversion: Conversion,
+    rewriter: Callable[[fx.GraphModule], Rewriter] = Rewriter,
+) -> None:
     """Rewrite the converted sites of ``gm``, which ``conversion`` was made from, in place.
 
+    ``rewriter`` is what rewrites the sites of one graph, of ``gm`` itself or of a body in it.
     A failure leaves ``gm`` half rewritten: :class:`~nsa_compile.passes.snapshot.Snapshot`
     remembers what it was.
     """
     reading = conversion.reading
     erase_marks(gm)
     if reading is None:
-        Rewriter(gm).apply(conversion.decisions)
+        rewriter(gm).apply(conversion.decisions)
         gm.recompile()
         return
     reading.settle(conversion.decisions)
-    Outliner(gm, reading.inlined).apply(conversion.decisions)
+    Outliner(gm, reading.inlined, rewriter).apply(conversion.decisions)
 
 
 def convert(

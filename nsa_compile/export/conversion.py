@@ -69,7 +69,7 @@ def convert(
     values = known_values(program, gm)
     conversion = analyse(gm, config, values=values, checks_blocks=False)
     rows = [record(decision, "0/0") for decision in conversion.decisions]
-    report = RewriteReport.merge(name or _name(gm), rows)
+    report = RewriteReport.merge(name or root_class(gm), rows)
     if not conversion.changes:
         return program, report
     signature = copy.deepcopy(program.graph_signature)
@@ -128,7 +128,7 @@ def _assembled(
     return made
 
 
-def _name(gm: fx.GraphModule) -> str:
+def root_class(gm: fx.GraphModule) -> str:
     """The class of the module that was exported."""
     for node in gm.graph.nodes:
         for path, cls in (node.meta.get("nn_module_stack") or {}).values():

@@ -40,11 +40,16 @@ def table(report: RewriteReport) -> RenderableType:
 
 def table_text(report: RewriteReport) -> str:
     """:func:`table` without colours, as wide as the terminal within reason."""
+    return as_text(table(report))
+
+
+def as_text(shown: RenderableType) -> str:
+    """``shown`` without colours, as wide as the terminal within reason."""
     least, most = _WIDTHS
     width = min(max(shutil.get_terminal_size((least, 24)).columns, least), most)
     out = io.StringIO()
     Console(file=out, width=width, no_color=True, highlight=False, legacy_windows=False).print(
-        table(report)
+        shown
     )
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 

@@ -1,0 +1,71 @@
+"""Runs of an exported program: its own graph, fed with its own state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from nsa_compile.export.conversion import convert, known_values, root_class
+from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.pipeline import analyse
+from nsa_compile.verification.run import Comparison, copied
+
+
+class ProgramRuns:
+    """Runs ``program`` on inputs like those that it was exported with."""
+
+    def __init__(
+        self, program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.program, self.name = program, root_class(program.graph_module)
+        spec = program.call_spec.in_spec
+        order = [key for key in spec.child(1).context if key in kwargs] if spec else []
+        rest = [key for key in kwargs if key not in order]
+        self.kwargs = {key: kwargs[key] for key in (*order, *rest)}
+        self.leaves, given = tree_flatten((args, self.kwargs))
+        if spec is not None and given != spec:
+            raise TypeError(
+                f"the program takes inputs of the structure {spec}, got {given}; pass what it was "
+                "exported with"
+            )
+
+    def compare(self, config: NSAConfig) -> Comparison:
+        gm: fx.GraphModule = copy.deepcopy(self.program.graph_module)
+        comparison = Comparison()
+        values = known_values(self.program, gm)
+        conversion = analyse(gm, config, values=values, checks_blocks=False)
+        comparison.add(gm, conversion, "0/0")
+        comparison.output = self._run(gm, self.program)
+        return comparison
+
+    def convert(self, config: NSAConfig) -> tuple[Any, list[str]]:
+        converted, _ = convert(self.program, config)
+        return self._run(converted.graph_module, converted), []
+
+    def _run(self, gm: fx.GraphModule, program: ExportedProgram) -> Any:
+        """The caller's outputs of ``gm``, a graph with the signature of ``program``."""
+        held = {**program.constants, **program.state_dict}
+        own = iter(copied(self.leaves))
+        given = []
+        for spec in program.graph_signature.input_specs:
+            if spec.kind is InputKind.USER_INPUT:
+                given.append(next(own))
+            elif spec.kind is InputKind.BUFFER:
+                given.append(held[spec.target].clone())
+            else:
+                given.append(held[spec.target])
+        with torch.no_grad():
+            results = gm(*given)
+        outputs = []
+        for spec, result in zip(program.graph_signature.output_specs, results, strict=True):
+            if spec.kind is OutputKind.USER_OUTPUT:
+                constant = isinstance(spec.arg, ConstantArgument)
+                outputs.append(spec.arg.value if constant else result)
+        return tree_unflatten(outputs, program.call_spec.out_spec)
