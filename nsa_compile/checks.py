@@ -58,15 +58,46 @@ def check_blocks(block_indices: Tensor, q: Tensor, k: Tensor, query_tile: int) -
         raise ValueError(f"block_indices must be int32 or int64, got {block_indices.dtype}")
 
 
+def check_sel_scale(
+    scorer: str, window: int | None, query_segments: Tensor | None, slopes: Tensor | None,
+    softcap: float,
+) -> None:  # fmt: skip
+    """The scales are shares of attention over compressed keys, which knows a few terms alone."""
+    if scorer != "mean":
+        raise ValueError(
+            f"sel_scale=True is about compressed keys and needs scorer='mean', got {scorer!r}"
+        )
+    terms = {"window": window, "query_segments": query_segments, "slopes": slopes}
+    for name, value in {**terms, "softcap": softcap or None}.items():
+        if value is not None:
+            raise ValueError(f"sel_scale=True and {name} do not go together; leave out one of them")
+
+
+def check_scales(
+    sel_scale: Tensor | None, block_indices: Tensor, slopes: Tensor | None, softcap: float
+) -> None:
+    if sel_scale is None:
+        return
+    if sel_scale.shape != block_indices.shape or not sel_scale.is_floating_point():
+        raise ValueError(
+            f"sel_scale must be floating {list(block_indices.shape)} as block_indices is, got "
+            f"{sel_scale.dtype} {list(sel_scale.shape)}"
+        )
+    for name, there in (("slopes", slopes is not None), ("softcap", bool(softcap))):
+        if there:
+            raise ValueError(f"sel_scale and {name} do not go together; leave out one of them")
+
+
 def check_lse(lse: Tensor | None, q: Tensor, scorer: str) -> None:
     if lse is None:
         return
     if scorer != "mean":
         raise ValueError(f"lse is that of scorer 'mean', got scorer {scorer!r}")
-    if lse.dtype != torch.float32 or lse.shape != q.shape[:3]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if lse.dtype != dtype or lse.shape != q.shape[:3]:
         raise ValueError(
-            f"lse must be float32 [B, Hq, Tq] = {list(q.shape[:3])}, got {lse.dtype} "
-            f"{list(lse.shape)}"
+            f"lse must be {str(dtype).removeprefix('torch.')} [B, Hq, Tq] = {list(q.shape[:3])}, "
+            f"got {lse.dtype} {list(lse.shape)}"
         )
 
 

@@ -37,7 +37,9 @@ from nsa_compile.checks import (
     check_inputs,
     check_lse,
     check_mask,
+    check_scales,
     check_scorer,
+    check_sel_scale,
     check_sizes,
     check_terms,
     check_unlearned,
@@ -151,8 +153,8 @@ def select_blocks(
     query_segments: Tensor | None = None, key_segments: Tensor | None = None,
     slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
     lse: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    importance: str = "overlap", share_selection: bool = True,
-) -> Tensor:  # fmt: skip
+    importance: str = "overlap", share_selection: bool = True, sel_scale: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Choose the blocks of keys that each tile of queries reads.
 
     A tile always reads the first ``init_blocks`` blocks and those its ``local_window`` touches, if
@@ -187,10 +189,13 @@ def select_blocks(
             shared, "interpolate" linearly between the centres of compressed blocks, which tells
             blocks apart that are smaller than these (formulas in docs/semantics.md).
         share_selection: False lets each query head choose blocks of its own.
+        sel_scale: with scorer "mean", also return the straight-through scales of the chosen blocks,
+            for ``selected_attention``: 1, and differentiable in q, ``k_cmp`` and ``lse``.
 
     Returns:
         int32 [B, Hkv, ceil(Tq / R), n], ascending, -1 at the end; [B, Hq, ceil(Tq / R), n] without
-        ``share_selection``. Not differentiable.
+        ``share_selection``. Not differentiable. With ``sel_scale`` also float32 scales of that
+        shape (formula in docs/semantics.md).
 
     Raises:
         ValueError: a wrong shape, dtype or size, or ``num_selected`` cannot hold the forced blocks.
@@ -209,24 +214,42 @@ def select_blocks(
     if scorer == "mean":
         pooled = pooled_keys(k, k_cmp, valid, compress_block, compress_stride)
     factor, dim = logit_scale(scale, q.shape[3]), q.shape[3]
+    if sel_scale:
+        check_sel_scale(scorer, window, query_segments, slopes, softcap)
+        if lse is None:
+            pooled_sizes = (factor, causal, offset, compress_block, compress_stride)
+            lse = torch.ops.nsa.compressed_attention(
+                q, pooled, pooled, valid, ranges, *pooled_sizes, k.shape[2]
+            )[1]
     channels = max(16, dim // 4) if score_channels is None else score_channels
     check_sizes(score_channels=channels)
 
-    def choose(q: Tensor, lse: Tensor | None, slopes: Tensor | None) -> Tensor:
+    def choose(q: Tensor, lse: Tensor | None, slopes: Tensor | None) -> tuple[Tensor, ...]:
         summary = pooled
         if summary is None:
             summary = torch.ops.nsa.channels(q, k, valid, min(channels, dim), 0)
         blocks = torch.ops.nsa.select_blocks(
             q, k, summary, valid, ranges, query_segments, key_segments, slopes, positions, scorer,
             factor, softcap, causal, offset, window, query_tile, block, num_selected, init_blocks,
-            local_window, compress_block, compress_stride, 0, lse, importance,
+            local_window, compress_block, compress_stride, 0,
+            None if lse is None else lse.detach(), importance,
         )  # fmt: skip
-        return blocks.unflatten(2, (-(-q.shape[2] // query_tile), num_selected))
+        results = [blocks]
+        if sel_scale:
+            scales = torch.ops.nsa.selection_scale(
+                q, summary, lse, blocks, valid, ranges, factor, causal, offset, compress_block,
+                compress_stride, k.shape[2], query_tile, block, init_blocks, local_window,
+                importance,
+            )  # fmt: skip
+            results.append(scales)
+        tiles = -(-q.shape[2] // query_tile)
+        return tuple(x.unflatten(2, (tiles, num_selected)) for x in results)
 
     if share_selection:
-        return choose(q, lse, slopes)
-    mine: Tensor = each_head(choose, k.shape[1], q, lse, slopes)
-    return mine
+        results = choose(q, lse, slopes)
+    else:
+        results = each_head(choose, k.shape[1], q, lse, slopes)
+    return results if sel_scale else results[0]
 
 
 def selected_attention(
@@ -235,7 +258,7 @@ def selected_attention(
     valid: Tensor | None = None, return_lse: bool = False, ranges: Tensor | None = None,
     query_segments: Tensor | None = None, key_segments: Tensor | None = None,
     slopes: Tensor | None = None, positions: Tensor | None = None, softcap: float = 0.0,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, sel_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """One softmax over the keys of the selected blocks (arXiv 2502.11089, eq. 11-12).
 
@@ -250,13 +273,16 @@ def selected_attention(
         query_tile: R, queries that share one choice.
         scale: of the logits; None is ``1 / sqrt(D)``.
         return_lse: also return the log-sum-exp of the logits.
+        sel_scale: floating, shaped like ``block_indices``: what the logits of each listed block are
+            multiplied by. It must be 1 and is there for its gradient; ``select_blocks`` makes it.
 
     Returns:
         out [B, Hq, Tq, Dv] in q.dtype; with ``return_lse`` also lse float32 [B, Hq, Tq]. A query
-        that sees no key has out 0 and lse -inf. Both are differentiable in q, k and v.
+        that sees no key has out 0 and lse -inf. Both are differentiable in q, k, v and sel_scale.
 
     Raises:
-        ValueError: a wrong shape, dtype or size.
+        ValueError: a wrong shape, dtype or size; ``sel_scale`` that is not 1 (on the GPU an
+            assertion on the device), or beside ALiBi or a softcap.
     """
     check_inputs(q, k, v, valid)
     check_sizes(block=block, query_tile=query_tile)
@@ -265,18 +291,25 @@ def selected_attention(
     check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
     terms = (valid, ranges, query_segments, key_segments)
     check_blocks(block_indices, q, k, query_tile)
-    site = (logit_scale(scale, q.shape[3]), softcap, causal, offset, window, query_tile, block)
+    check_scales(sel_scale, block_indices, slopes, softcap)
+    factor, site = logit_scale(scale, q.shape[3]), (causal, offset, window, query_tile, block)
 
-    def attend(q: Tensor, listed: Tensor, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.nsa.selected_attention(
-            q, k, v, listed.to(torch.int32), *terms, slopes, positions, *site, 0
-        )
+    def attend(
+        q: Tensor, listed: Tensor, slopes: Tensor | None, scales: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        listed, ops = listed.to(torch.int32).flatten(2), torch.ops.nsa
+        if scales is None:
+            more = (slopes, positions, factor, softcap)
+            out, lse = ops.selected_attention(q, k, v, listed, *terms, *more, *site, 0)
+        else:
+            scales = scales.flatten(2)
+            out, lse = ops.scaled_attention(q, k, v, listed, scales, *terms, factor, *site)
         return out, lse
 
     if block_indices.shape[1] == k.shape[1]:
-        out, lse = attend(q, block_indices, slopes)
+        out, lse = attend(q, block_indices, slopes, sel_scale)
     else:
-        out, lse = each_head(attend, k.shape[1], q, block_indices, slopes)
+        out, lse = each_head(attend, k.shape[1], q, block_indices, slopes, sel_scale)
     return (out, lse) if return_lse else out
 
 

@@ -20,7 +20,6 @@ GATED: dict[str, Any] = {
     "compression": "mean", "compress_expand": 1.0, "num_mem_kv": 0, "gate": None,
     "share_selection": True, "importance": "overlap", "sel_scale": False,
 }  # fmt: skip
-_NOT_YET: dict[str, Any] = {"sel_scale": False}
 
 
 class NSAConfigError(ValueError):
@@ -167,10 +166,6 @@ def _scored(config: NSAConfig) -> None:
                 f"{name}={value!r} is about compressed keys and needs scorer='mean', got scorer="
                 f"{config.scorer!r}"
             )
-    for name, default in _NOT_YET.items():
-        value = getattr(config, name)
-        if value != default:
-            raise NSAConfigError(f"{name}={value!r} is not computed yet; use {name}={default!r}")
 
 
 _CHECKS: tuple[Callable[[NSAConfig], None], ...] = (

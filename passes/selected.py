@@ -44,8 +44,17 @@ def _branch(
     valid: Tensor | None, ranges: Tensor | None, mask: tuple[float, bool, int],
 ) -> Tensor:  # fmt: skip
     blocks = gated_choice(q, k, k_cmp, lse, options, valid, ranges, mask)
-    scale, causal, offset = mask
-    site = (valid, ranges, *(None,) * 4, scale, 0.0, causal, offset, None)
+    ops, (scale, causal, offset) = torch.ops.nsa, mask
     tiling = (options.query_tile, options.select_block)
-    out: Tensor = torch.ops.nsa.selected_attention(q, k, v, blocks, *site, *tiling, 0)[0]
+    if options.sel_scale:
+        scales = ops.selection_scale(
+            q, k_cmp, lse, blocks, valid, ranges, *mask, options.compress_block,
+            options.compress_stride, k.shape[2], *tiling, options.init_blocks,
+            options.local_window(), options.importance,
+        )  # fmt: skip
+        scaled = (valid, ranges, None, None, scale, causal, offset, None)
+        out: Tensor = ops.scaled_attention(q, k, v, blocks, scales, *scaled, *tiling)[0]
+        return out
+    site = (valid, ranges, *(None,) * 4, scale, 0.0, causal, offset, None)
+    out = ops.selected_attention(q, k, v, blocks, *site, *tiling, 0)[0]
     return out

@@ -110,7 +110,7 @@ def interpolation(
     value, or under causality as if a value of 0 came next.
     """
     given = torch.zeros(count, blocks, dtype=torch.float64)
-    for j in range(blocks * block):
+    for j in range(blocks * block if count else 0):
         place = max((j - (length - 1) / 2) / stride, 0.0)
         if not causal:
             place = min(place, count - 1.0)

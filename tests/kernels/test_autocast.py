@@ -37,6 +37,12 @@ def selected(q: Tensor, k: Tensor, v: Tensor) -> Any:
     )  # fmt: skip
 
 
+def switched(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    options = {"share_selection": False, "importance": "interpolate", "sel_scale": True}
+    gates = torch.ones(2, 4, 96, 3) / 3
+    return functional.nsa_attention(q, k, v, gates=gates, config={**GATED, **options})
+
+
 def gated(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return functional.nsa_attention(q, k, v, gates=torch.ones(2, 4, 96, 3) / 3, config=GATED)
 
@@ -48,6 +54,7 @@ PATHS: dict[str, Callable[..., Any]] = {
     "softmax": lambda *x: functional.nsa_attention(*x, config=PLAIN),
     "topk": lambda *x: functional.nsa_attention(*x, config={**PLAIN, "selector": "topk"}),
     "gate": gated,
+    "gate, switches": switched,
 }
 
 

@@ -42,7 +42,30 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
     gates = torch.rand(*q.shape[:3], 3, requires_grad=requires_grad)
     branches = [v.repeat_interleave(site.group, 1).detach().clone() for _ in range(3)]
     combined = (gates, *(x.requires_grad_(requires_grad) for x in branches))
+    scales = nsa.selection_scale(
+        *over_pooled[:2], pooled_lse.detach(), blocks, *terms, *tiling,
+        site.init_blocks, site.local_window, "overlap",
+    ).detach()  # fmt: skip
+    chosen = (
+        *over_pooled[:2], pooled_lse.detach().requires_grad_(requires_grad), blocks, *terms,
+        *tiling, site.init_blocks, site.local_window, "interpolate",
+    )  # fmt: skip
+    scaled = (*site.terms()[:4], *site.mask, *tiling)
     return {
+        "selection_scale": chosen,
+        "selection_scale_backward": (
+            scales,
+            *(x.detach() if isinstance(x, torch.Tensor) else x for x in chosen),
+        ),
+        "scaled_attention": (
+            q,
+            k,
+            v,
+            blocks,
+            scales.detach().requires_grad_(requires_grad),
+            *scaled,
+        ),
+        "scaled_attention_backward": (detached[3], detached[4], *detached, blocks, *scaled),
         "combine": combined,
         "combine_backward": tuple(x.detach() for x in (branches[0], *combined)),
         "channels": (q, k, valid, 8, dense_len),

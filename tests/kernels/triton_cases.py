@@ -366,6 +366,44 @@ def compressed(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides:
         assert torch.equal(once, twice), "two runs differ"
 
 
+def scale_gradient(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The gradient of the scales of listed blocks, which are listed in any order and twice."""
+    from nsa_compile.kernels.attend import triton_kernel as attention
+    from nsa_compile.kernels.attend.site import Site as AttentionSite
+    from nsa_compile.kernels.scaled import reference, triton_kernel
+
+    *qkv, valid = inputs(case, dtype)
+    blocks, tensors = random_blocks(case), case.terms(valid)
+    scales = torch.ones(blocks.shape, dtype=torch.float64, requires_grad=True)
+    exact = [x.double() for x in qkv]
+    sizes = (case.scale, case.causal, case.offset, case.window, case.query_tile, case.block)
+    out, lse = reference.scaled_attention(*exact, blocks, scales, *tensors[:4], *sizes)
+    sees = ~lse.isinf()
+    generator = torch.Generator().manual_seed(2)
+    grad_out = torch.randn(out.shape, generator=generator).to(dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator)
+    objective = (out * grad_out.double()).sum() + (lse * grad_lse.double())[sees].sum()
+    (expected,) = torch.autograd.grad(objective, scales)
+    if valid is not None:
+        qkv[1:] = [x.masked_fill(~valid[:, None, :, None], torch.nan) for x in qkv[1:]]
+    on_device = [x.to(device) for x in qkv]
+    terms = (x if x is None else x.to(device) for x in tensors)
+    site = AttentionSite(*terms, *case.logits, case.query_tile, case.block)
+    listed, upstream = blocks.to(device), (grad_out.to(device), grad_lse.to(device))
+    with poisoned():
+        results = attention.forward(*on_device, listed, site)
+        got, again = (
+            triton_kernel.scale_gradient(*upstream, *on_device, *results, listed, site)
+            for _ in range(2)
+        )
+        without = triton_kernel.scale_gradient(
+            upstream[0], None, *on_device, *results, listed, site
+        )
+    assert relative_error(got, expected) < TOLERANCE[dtype][1]
+    assert torch.equal(got, again), "two runs differ"
+    assert not torch.equal(got, without)
+
+
 def combine(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """The gated sum and all its gradients; two branches and the gates lie as nobody expects."""
     from nsa_compile.kernels.combine import triton_kernel

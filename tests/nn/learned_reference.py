@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nsa_compile.kernels.attend import reference as attend
+from nsa_compile.kernels.compressed.reference import compressed_attention as compressed_lse
 from nsa_compile.kernels.compressed.reference import visible
+from nsa_compile.kernels.importance import reference as importance
+from nsa_compile.kernels.scaled import reference as scaled
 from nsa_compile.kernels.select import reference as select
 from nsa_compile.nn import NSAParameters
 from tests.kernels.test_select_blocks import assert_best
@@ -111,7 +114,16 @@ def _selected_branch(
             ),
             1e-9,
         )  # fmt: skip
-    return attend.selected_attention(q, k, v, blocks, *terms, *mask, None, *sizes)[0]
+    if not config.sel_scale:
+        return attend.selected_attention(q, k, v, blocks, *terms, *mask, None, *sizes)[0]
+    scale, _, causal, offset = mask
+    logits = (terms[0], None, scale, causal, offset, *scoring)
+    lse = compressed_lse(q, k_cmp, k_cmp, *logits)[1]
+    scales = importance.selection_scale(
+        q, k_cmp, lse, blocks, *logits, k.shape[2], *sizes, *forced, config.importance
+    )
+    site = (*terms[:4], scale, causal, offset, None)
+    return scaled.scaled_attention(q, k, v, blocks, scales, *site, *sizes)[0]
 
 
 def _compressed_branch(

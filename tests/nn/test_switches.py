@@ -21,6 +21,7 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "num_selected": (0, 2),
     "share_selection": (True, False),
     "importance": ("overlap", "interpolate"),
+    "sel_scale": (False, True),
     "causal": (True, False),
 }
 

@@ -1,0 +1,1 @@
+"""The gradient that chosen blocks hand to the scores that chose them."""

@@ -1,0 +1,1 @@
+"""Attention over chosen blocks whose scales have a gradient."""
