@@ -32,7 +32,8 @@ class CostAt:
 
     def _change(self, metric: str) -> str:
         dense, sparse = (getattr(self, f"{metric}_{kind}") for kind in ("dense", "sparse"))
-        return amount(dense) if dense == sparse else f"{amount(dense)} -> {amount(sparse)}"
+        texts = dict.fromkeys((amount(dense), amount(sparse)))  # once where they look equal
+        return " -> ".join(texts)
 
 
 def projected(sites: list[SiteRecord]) -> list[SiteRecord]:

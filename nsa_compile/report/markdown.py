@@ -12,8 +12,6 @@ from nsa_compile.report.summary import dense_at_this_length, kept_groups, summar
 
 if TYPE_CHECKING:
     from nsa_compile.report.rewrite_report import RewriteReport
-
-
 _HEADINGS = ("layer", "attention", "mask", "length", "FLOPs", "verdict")
 
 

@@ -41,9 +41,7 @@ class MeasuredAt:
 
     def texts(self) -> list[str]:
         """``["65536", "35.2T -> 8.65T", "412 -> 121 ms, 3.4x faster"]``, then backward."""
-        flops = amount(self.flops_dense)
-        if self.flops_dense != self.flops_sparse:
-            flops += f" -> {amount(self.flops_sparse)}"
+        flops = " -> ".join(dict.fromkeys((amount(self.flops_dense), amount(self.flops_sparse))))
         times = (self.dense_forward_ms, self.converted_forward_ms, self.sparse_forward_ms)
         cells = [f"{self.length}", flops, change(*times, is_dense=self.is_dense)]
         if self.dense_backward_ms is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KeptGroup:
-    """Sites that were kept for the same reason, with the same text."""
+    """Sites that were kept for the same reason; ``text`` is that of the first of them."""
 
     reason: str
     text: str
@@ -50,11 +51,22 @@ def dense_at_this_length(report: RewriteReport) -> str | None:
 
 
 def kept_groups(report: RewriteReport) -> list[KeptGroup]:
-    """Every reason text once, in the order of the sites."""
-    counts = Counter(
-        (str(site.reason), site.reason_text or "", site.hint or "") for site in report.skipped
-    )
-    return [KeptGroup(*texts, count) for texts, count in counts.items()]
+    """Every reason text once, in the order of the sites; names of nodes make no difference."""
+    groups: dict[tuple[str, str], list[SiteRecord]] = {}
+    for site in report.skipped:
+        pattern = re.sub(r"%\w+", "%", site.reason_text or "")
+        groups.setdefault((str(site.reason), pattern), []).append(site)
+    return [
+        KeptGroup(reason, _example(group), group[0].hint or "", len(group))
+        for (reason, _), group in groups.items()
+    ]
+
+
+def _example(group: list[SiteRecord]) -> str:
+    """The text of the first; that it is an example is said where the others' names differ."""
+    text = group[0].reason_text or ""
+    alike = len({site.reason_text for site in group}) == 1
+    return text if alike else f"{text}, and alike in the others"
 
 
 def runs_dense(site: SiteRecord) -> bool:

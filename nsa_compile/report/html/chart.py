@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nsa_compile.report.html.markup import Markup, joined, tag
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 360, 240, 52, 32, 12
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 360, 250, 52, 42, 12
 _INNER = _HEIGHT - _BOTTOM - _TOP
 _SERIES = ("dense", "sparse")
 
@@ -47,7 +47,12 @@ def chart(curves: Curves) -> Markup:
     if curves.marked is not None and curves.lengths[0] <= curves.marked <= curves.lengths[-1]:
         x = axes.x(curves.marked)
         line = tag("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="break-even")
-        parts += [line, tag("text", curves.mark, x=x + 4, y=_TOP + 8, class_="note")]
+        before = x > _WIDTH / 2  # where there is room for the words
+        place = {"x": x - 4 if before else x + 4, "y": _TOP + 10}
+        parts += [
+            line,
+            tag("text", curves.mark, class_="note before" if before else "note", **place),
+        ]
     for series in _SERIES:
         values = curves.series(series)
         points = " ".join(f"{axes.x(length)},{axes.y(value)}" for length, value in values)
@@ -87,6 +92,7 @@ def _grid(axes: _Axes, curves: Curves) -> list[Markup]:
         y = axes.y(10.0**power)
         parts.append(tag("line", x1=_LEFT, x2=_WIDTH - 12, y1=y, y2=y, class_="grid"))
         parts.append(tag("text", curves.unit(10.0**power), x=_LEFT - 6, y=y + 4, class_="tick y"))
+    parts.append(tag("text", "tokens", class_="tick x", x=_LEFT + 148, y=_HEIGHT))
     free = 0.0  # where the next label has room
     for length in curves.lengths:
         label = f"{length >> 10}k" if length % 1024 == 0 else f"{length}"

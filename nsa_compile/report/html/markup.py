@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from html import escape
 
 
@@ -28,7 +29,7 @@ def joined(*parts: Markup) -> Markup:
     return Markup("\n".join(parts))
 
 
-def table(headings: list[str], rows: list[list[str]]) -> Markup:
+def table(headings: Iterable[str], rows: Iterable[Sequence[object]]) -> Markup:
     """A table with a row of headings."""
     head = tag("tr", *(tag("th", heading, scope="col") for heading in headings))
     body = (tag("tr", *(tag("td", cell) for cell in row)) for row in rows)

@@ -14,6 +14,7 @@ from nsa_compile.report.html.detail import detail
 from nsa_compile.report.html.markup import Markup, joined, table, tag
 from nsa_compile.report.html.picture import picture
 from nsa_compile.report.measured import MeasuredAt, headings, sentence
+from nsa_compile.report.rows import Row, rows
 from nsa_compile.report.summary import dense_at_this_length, kept_groups, summary
 from nsa_compile.report.units import amount, milliseconds
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Nothing may be loaded from anywhere: what the page needs stands in it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+# The verdict comes early: on a narrow screen the rest is scrolled to.
+_HEADINGS = ("layer", "verdict", "attention", "mask", "length", "FLOPs")
 
 
 def html(report: RewriteReport) -> str:
@@ -44,6 +47,7 @@ def _body(report: RewriteReport) -> list[Markup]:
     parts = [
         tag("h1", report.model),
         tag("p", f"{summary(report)}.", class_="summary"),
+        *_bar(report),
         *(tag("p", failure, class_="failure") for failure in report.failures),
     ]
     note = dense_at_this_length(report)
@@ -53,6 +57,9 @@ def _body(report: RewriteReport) -> list[Markup]:
         parts += [*_reasons(report), *_layers(report), *_costs(report)]
     if report.bench is not None:
         parts += _bench(report, report.bench)
+    if report.sites:
+        details = (detail(index, site) for index, site in enumerate(report.sites))
+        parts += [tag("h2", "Layer by layer"), tag("div", joined(*details), id="layers")]
     made = f"nsa_compile report, torch {torch.__version__}"
     return [tag("main", joined(*parts)), tag("footer", made)]
 
@@ -60,10 +67,30 @@ def _body(report: RewriteReport) -> list[Markup]:
 def _reasons(report: RewriteReport) -> list[Markup]:
     items = [
         tag("li", tag("b", f"{group.reason} ({group.count})"), f": {group.text}. ",
-            tag("i", group.hint))
+            tag("span", group.hint, class_="hint"))
         for group in kept_groups(report)
     ]  # fmt: skip
-    return [tag("h2", "Why layers were kept"), tag("ul", *items)] if items else []
+    return [tag("h2", "Why layers were kept"), tag("ul", *items, class_="reasons")] if items else []
+
+
+def _bar(report: RewriteReport) -> list[Markup]:
+    """How much of the model is converted, as a bar of as many parts as there are verdicts."""
+    counts = Counter((site.decision, site.reason or "") for site in report.sites)
+    parts = [
+        tag("span", class_=decision, style=f"flex: {count}", title=f"{count} {reason or decision}")
+        for (decision, reason), count in sorted(counts.items(), key=lambda item: item[0])
+    ]
+    return [tag("div", *parts, class_="bar", aria_hidden="true")] if parts else []
+
+
+def _cells(row: Row) -> list[object]:
+    """A layer's line, its class and place below its name."""
+    count = f" ({row.count})" if row.count > 1 else ""
+    layer = joined(tag("div", f"{row.layer}{count}"), tag("div", row.origin, class_="attention"))
+    lines = (row.flops, row.saving, row.time and f"{row.time} measured")
+    flops = joined(*(tag("div", line) for line in lines if line))
+    badge = tag("span", row.reason or row.verdict, class_=f"badge {row.verdict}")
+    return [layer, badge, row.attention, row.mask, row.length, flops]
 
 
 def _layers(report: RewriteReport) -> list[Markup]:
@@ -72,36 +99,40 @@ def _layers(report: RewriteReport) -> list[Markup]:
     options += [
         tag("option", f"{verdict} ({counts[verdict]})", value=verdict) for verdict in sorted(counts)
     ]
-    control = tag("label", "Show ", tag("select", *options, id="filter"))
-    details = [detail(index, site) for index, site in enumerate(report.sites)]
+    control = tag("label", "Show ", tag("select", *options, id="filter"), " ")
+    keys = (tag("span", name, class_=f"key {name}") for name in ("converted", "kept"))
     return [
         tag("h2", "Layers"),
-        tag("p", control, class_="control"),
+        tag("div", table(_HEADINGS, [_cells(row) for row in rows(report.sites)]), class_="wide"),
+        tag("p", control, *keys, class_="control"),
         tag("div", picture(report.model, report.sites), class_="scroll"),
-        tag("div", joined(*details), id="layers"),
     ]
 
 
 def _costs(report: RewriteReport) -> list[Markup]:
-    rows = costs(report.sites)
-    if not rows:
+    found = costs(report.sites)
+    if not found:
         return []
     return [
         tag("h2", "Predicted cost"),
         tag("p", prediction(report.sites)),
-        *(_charts(report, rows) if len(rows) > 1 else ()),
-        table(["tokens", *METRICS.values()], [row.texts() for row in rows]),
+        *(_charts(report, found) if len(found) > 1 else ()),
+        tag(
+            "div",
+            table(["tokens", *METRICS.values()], [row.texts() for row in found]),
+            class_="wide numbers",
+        ),
     ]
 
 
-def _charts(report: RewriteReport, rows: list[CostAt]) -> list[Markup]:
+def _charts(report: RewriteReport, found: list[CostAt]) -> list[Markup]:
     length = break_even(report.sites)
     drawn = []
     for metric, name in METRICS.items():
-        title = f"{name} over tokens, predicted"
+        title = f"{name}, predicted"
         points = [
             (row.length, getattr(row, f"{metric}_dense"), getattr(row, f"{metric}_sparse"))
-            for row in rows
+            for row in found
         ]
         drawn.append(chart(Curves(title, points, amount, length, "predicted break-even")))
     return [_legend("converted"), tag("div", *drawn, class_="charts")]
@@ -109,16 +140,17 @@ def _charts(report: RewriteReport, rows: list[CostAt]) -> list[Markup]:
 
 def _bench(report: RewriteReport, bench: dict[str, Any]) -> list[Markup]:
     """The times measured on this device, and what was not measured."""
-    rows = [MeasuredAt(**row) for row in bench["rows"]]
+    found = [MeasuredAt(**row) for row in bench["rows"]]
     parts = [tag("h2", "Measured"), tag("p", sentence(bench, len(report.sites)))]
-    if len(rows) > 1:
-        points = [(row.length, row.dense_forward_ms, row.sparse_forward_ms) for row in rows]
+    if len(found) > 1:
+        points = [(row.length, row.dense_forward_ms, row.sparse_forward_ms) for row in found]
         marked = bench["break_even"] if bench["break_even_measured"] else None
-        title = "forward over tokens, measured"
+        title = "forward, measured"
         drawn = chart(Curves(title, points, milliseconds, marked, "measured break-even"))
         parts += [_legend("sparse"), tag("div", drawn, class_="charts")]
-    if rows:
-        parts.append(table(headings(rows), [row.texts() for row in rows]))
+    if found:
+        cells = [row.texts() for row in found]
+        parts.append(tag("div", table(headings(found), cells), class_="wide numbers"))
     if bench["left_out"]:
         items = (tag("li", f"not measured: {text}") for text in bench["left_out"])
         parts.append(tag("ul", *items))

@@ -1,7 +1,12 @@
-"""A picture of the model: its modules as a tree, attention layers coloured by verdict."""
+"""A picture of the model: its modules as a tree, attention layers coloured by verdict.
+
+Layers that differ only in the numbers of their path stand side by side in strips, so that a model
+of 80 layers is eight lines and not eighty.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -9,12 +14,14 @@ import networkx as nx
 from nsa_compile.passes.site import SiteRecord
 from nsa_compile.report.html.markup import Markup, joined, tag
 
-_COLUMN, _ROW, _MARGIN = 260, 24, 20  # pixels
+_ROW, _MARGIN, _GAP, _LETTER = 34, 24, 48, 6.9  # pixels
+_STRIP = 10  # layers in a strip
+_NAMED, _INSIDE = 34, 4  # letters of a name that are shown, and inside a circle
 
 
 @dataclass
 class _Module:
-    """A part of a module path, the parts below it and the sites that are its own."""
+    """A part of a path, numbers left out, the parts below it and the sites that are its own."""
 
     name: str
     parts: dict[str, _Module] = field(default_factory=dict)
@@ -29,56 +36,67 @@ def picture(model: str, sites: list[SiteRecord]) -> Markup:
     columns: dict[int, list[int]] = {}
     for node, depth in graph.nodes(data="depth"):
         columns.setdefault(depth, []).append(node)
-    tallest = max(map(len, columns.values()))
-    xs, ys = ([layout[node][axis] for node in graph] for axis in (0, 1))
-    width, height = _COLUMN * len(columns), _ROW * tallest
+    left, lefts = float(_MARGIN), {}
+    for depth, nodes in sorted(columns.items()):
+        lefts[depth] = left
+        left += max(_width(graph.nodes[node]) for node in nodes) + _GAP
+    ys = [layout[node][1] for node in graph]
+    height = _ROW * (max(map(len, columns.values())) - 1)
     at = {
-        node: (
-            _MARGIN + _scaled(x, xs) * _COLUMN * (len(columns) - 1),
-            _MARGIN + _scaled(y, ys) * _ROW * (tallest - 1),
-        )
-        for node, (x, y) in layout.items()
+        node: (lefts[graph.nodes[node]["depth"]], _MARGIN + _scaled(y, ys) * height)
+        for node, (_, y) in layout.items()
     }
-    edges = [_edge(at[parent], at[child]) for parent, child in graph.edges]
-    nodes = [_node(graph.nodes[node], at[node], sites) for node in graph]
+    edges = [
+        _edge(at[parent], _width(graph.nodes[parent]), at[child]) for parent, child in graph.edges
+    ]
+    drawn = [_drawn(graph.nodes[node], at[node], sites) for node in graph]
+    wide, high = round(left), height + 2 * _MARGIN
     return tag(
-        "svg", joined(*edges, *nodes), class_="picture", role="img", width=width + _MARGIN,
-        height=height + _MARGIN, viewBox=f"0 0 {width + _MARGIN} {height + _MARGIN}",
-        aria_label=f"{model}: attention layers by verdict",
+        "svg", joined(*edges, *drawn), class_="picture", role="img", width=wide, height=high,
+        viewBox=f"0 0 {wide} {high}", aria_label=f"{model}: attention layers by verdict",
     )  # fmt: skip
 
 
 def _graph(model: str, sites: list[SiteRecord]) -> nx.DiGraph:
-    """Modules and sites by number, from the top down; chains of single modules are one node."""
+    """Modules and strips of sites by number, from the top down; chains of modules are one node."""
     root = _Module(model)
     for index, site in enumerate(sites):
         module = root
         for part in site.module.split(".") if site.module else ():
+            part = re.sub(r"\d+", "*", part)
             module = module.parts.setdefault(part, _Module(part))
         module.sites.append(index)
     graph = nx.DiGraph()
-    graph.add_node(0, depth=0, name=model, site=None)
-    waiting: list[tuple[int, _Module]] = [(0, root)]
+    if len(root.parts) == 1 and not root.sites:  # the page's heading names the model
+        root, model = _chain(*root.parts.values())
+    alone = root.sites if len(sites) == 1 else []
+    graph.add_node(0, depth=0, name=model, sites=alone)
+    waiting: list[tuple[int, _Module]] = [] if alone else [(0, root)]
     while waiting:
         parent, module = waiting.pop(0)
         depth = graph.nodes[parent]["depth"] + 1
+        for start in range(0, len(module.sites), _STRIP):
+            strip = module.sites[start : start + _STRIP]
+            graph.add_node(len(graph), depth=depth, name="", sites=strip)
+            graph.add_edge(parent, len(graph) - 1)
         for node in module.parts.values():
-            name = node.name
-            while len(node.parts) == 1 and not node.sites:
-                (node,) = node.parts.values()
-                name += f".{node.name}"
-            alone = node.sites[0] if len(node.sites) == 1 and not node.parts else None
+            node, name = _chain(node)
+            alone = node.sites if len(node.sites) == 1 and not node.parts else []
             number = len(graph)
-            graph.add_node(number, depth=depth, name=name, site=alone)
+            graph.add_node(number, depth=depth, name=name, sites=alone)
             graph.add_edge(parent, number)
-            if alone is None:
+            if not alone:
                 waiting.append((number, node))
-        if graph.nodes[parent]["site"] is None:
-            for index in module.sites:
-                graph.add_node(len(graph), depth=depth, name=f"#{sites[index].ordinal + 1}",
-                               site=index)  # fmt: skip
-                graph.add_edge(parent, len(graph) - 1)
     return graph
+
+
+def _chain(module: _Module) -> tuple[_Module, str]:
+    """The first of a chain of single modules that has more than a part, and the chain's name."""
+    name = module.name
+    while len(module.parts) == 1 and not module.sites:
+        (module,) = module.parts.values()
+        name += f".{module.name}"
+    return module, name
 
 
 def _scaled(value: float, values: list[float]) -> float:
@@ -87,22 +105,54 @@ def _scaled(value: float, values: list[float]) -> float:
     return 0.5 if most == least else float((value - least) / (most - least))
 
 
-def _edge(start: tuple[float, float], end: tuple[float, float]) -> Markup:
+def _shown(name: str) -> str:
+    return name if len(name) <= _NAMED else f"...{name[3 - _NAMED :]}"
+
+
+def _width(node: dict[str, object]) -> float:
+    """Pixels from the centre of a node's first circle to its right end."""
+    strip, name = node["sites"], _shown(str(node["name"]))
+    assert isinstance(strip, list)
+    return (len(strip) - 1) * _ROW + 16 if strip and not name else 18 + _LETTER * len(name)
+
+
+def _edge(start: tuple[float, float], width: float, end: tuple[float, float]) -> Markup:
     (x0, y0), (x1, y1) = start, end
+    x0, x1 = x0 + width, x1 - 14
     middle = (x0 + x1) / 2
     path = f"M{x0:.0f} {y0:.0f} C{middle:.0f} {y0:.0f} {middle:.0f} {y1:.0f} {x1:.0f} {y1:.0f}"
     return tag("path", d=path, class_="edge")
 
 
-def _node(node: dict[str, object], at: tuple[float, float], sites: list[SiteRecord]) -> Markup:
+def _drawn(node: dict[str, object], at: tuple[float, float], sites: list[SiteRecord]) -> Markup:
     x, y = (round(value) for value in at)
-    name, index = str(node["name"]), node["site"]
-    text = tag("text", name if len(name) < 34 else f"...{name[-30:]}", x=x + 10, y=y + 4)
-    if not isinstance(index, int):
+    strip, name = node["sites"], _shown(str(node["name"]))
+    assert isinstance(strip, list)
+    if not strip:
+        text = tag("text", name, x=x + 10, y=y + 4)
         return tag("g", tag("circle", cx=x, cy=y, r=4), text, class_="module")
-    site = sites[index]
+    if name:
+        return _site(strip[0], sites[strip[0]], x, y, name)
+    drawn = (_site(index, sites[index], x + place * _ROW, y) for place, index in enumerate(strip))
+    return joined(*drawn)
+
+
+def _site(index: int, site: SiteRecord, x: int, y: int, name: str = "") -> Markup:
+    """A circle with the numbers of the site's path inside, or with its name beside it."""
     verdict = site.reason or site.decision
-    drawn = joined(tag("title", f"{site.module}: {verdict}"), tag("circle", cx=x, cy=y, r=7), text)
+    numbers = re.findall(r"\d+", site.module)
+    numbers += [f"#{site.ordinal + 1}"] if site.ordinal else []
+    inside = ".".join(numbers)
+    if len(inside) > _INSIDE:  # the title has all of it
+        inside = numbers[-1]
+    parts = [
+        tag("title", f"{site.module or '(no module path)'}: {verdict}"),
+        tag("circle", cx=x, cy=y, r=13),
+        tag("text", inside, x=x, y=y + 4, class_="number"),
+    ]
+    if name:
+        parts.append(tag("text", name, x=x + 18, y=y + 4))
     return tag(
-        "a", drawn, href=f"#site-{index}", class_=f"node {site.decision}", data_reason=verdict
-    )
+        "a", joined(*parts), href=f"#site-{index}", class_=f"node {site.decision}",
+        data_reason=verdict,
+    )  # fmt: skip

@@ -1,6 +1,6 @@
-
 "use strict";
 // Without this script the page shows everything, and links in the picture lead to their layers.
+// A link to #reason=dropout opens the page with that filter, #site-3 with that layer.
 const filter = document.getElementById("filter");
 
 function show() {
@@ -13,7 +13,17 @@ function show() {
   }
 }
 
+function choose() {
+  history.replaceState(null, "", filter.value ? `#reason=${filter.value}` : "#");
+  show();
+}
+
 function open() {
+  const reason = /^#reason=(\w+)$/.exec(location.hash);
+  if (reason && [...filter.options].some((option) => option.value === reason[1])) {
+    filter.value = reason[1];
+    show();
+  }
   const layer = /^#site-\d+$/.test(location.hash) && document.querySelector(location.hash);
   if (!layer) return;
   if (layer.hidden) {
@@ -25,7 +35,7 @@ function open() {
 }
 
 if (filter) {
-  filter.addEventListener("change", show);
+  filter.addEventListener("change", choose);
   window.addEventListener("hashchange", open);
   for (const node of document.querySelectorAll(".node")) {
     // A second click on the same layer changes no hash.
