@@ -18,6 +18,7 @@ from nsa_compile.kernels.attend.triton_rows import Launch, load_rows, padded_dim
 from nsa_compile.kernels.compressed.site import Site
 from nsa_compile.kernels.compressed.triton_bounds import seen_blocks, spans_argument, steps
 from nsa_compile.kernels.layout import empty_token_major
+from nsa_compile.kernels.triton_descriptors import describable, describe, head_rows, load_tile
 from nsa_compile.kernels.triton_site import LOG2_E, dense_rows
 
 # By kernel, whether inputs have sixteen bits, and the widest head dim padded to a power of two.
@@ -40,6 +41,14 @@ LAUNCHES: dict[tuple[str, bool, int], Launch] = {
     ("key", False, 128): Launch(32, 32, 4, 1),
     ("key", False, 256): Launch(16, 16, 4, 1),
 }
+# With what a step reads through descriptors, by kernel and widest head dim. As above, 64/4 heads.
+# Query side: 128x64 with 8 warps and 3 stages 11.8, 64x64 in 168 registers 12.0, without a limit
+# 12.2, 128x128 12.6, 64x32 12.9, 128x32 13.2. Key side: 64x128 16.4, 2 stages 18.7, 4 stages 17.7,
+# 32x128 17.9, 64x64 19.1; with dp computed after p 1.1 more.
+DESCRIBED_LAUNCHES: dict[tuple[str, int], Launch] = {
+    ("query", 128): Launch(128, 64, 8, 3),
+    ("key", 128): Launch(64, 128, 8, 3),
+}
 # Programs of the key side that fill the device; with fewer heads the queries are cut in pieces,
 # of no less than PIECE_ROWS.
 KEY_PROGRAMS = 512
@@ -48,20 +57,22 @@ PIECE_ROWS = 4096
 
 @triton.jit
 def _query_steps(
-    acc, q, do, lse, delta, y, u, some, start, stop, low, bound, count, scale, y_row,
+    acc, q, do, lse, delta, y, u, batch, head, some, start, stop, low, bound, count, scale, y_row,
     u_row, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
-    PADDED: tl.constexpr, RANGED: tl.constexpr, MASKED: tl.constexpr,
+    PADDED: tl.constexpr, RANGED: tl.constexpr, DESCRIBED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BN)
-    y_step = tl.full([], BN, tl.int64) * y_row
-    u_step = tl.full([], BN, tl.int64) * u_row
     for step in range(start, stop):
         c = step * BN + lane
         inside = c < count
         if MASKED and PADDED:
             inside = inside & (tl.load(some + c, mask=inside, other=0) != 0)
-        keys = load_rows(y + step * y_step, lane, y_row, inside, D, DP, MASKED)
-        values = load_rows(u + step * u_step, lane, u_row, inside, DV, DVP, MASKED)
+        keys = load_tile(
+            y, batch, head, step * BN, lane, y_row, inside, D, DP, BN, MASKED, DESCRIBED
+        )
+        values = load_tile(
+            u, batch, head, step * BN, lane, u_row, inside, DV, DVP, BN, MASKED, DESCRIBED
+        )
         s = tl.dot(q, tl.trans(keys), input_precision="ieee")
         dp = tl.dot(do, tl.trans(values), input_precision="ieee")
         p = tl.exp2(s * scale - lse[:, None])
@@ -77,15 +88,15 @@ def _query_steps(
 
 @triton.jit
 def _query_gradient(
-    q, y, u, some, spans, spans_batch, out, do, lse, dlse, dq, delta, scale, signed_scale, q_heads,
-    q_len, count, offset, chunks, q_batch, q_head, q_row, y_batch, y_head, y_row, u_batch, u_head,
-    u_row, o_batch, o_head, o_row, do_batch, do_head, do_row, dlse_batch, dlse_head, dlse_row,
-    dq_batch, dq_head, dq_row, G: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr,
+    q, y, u, some, spans, spans_batch, out, do, lse, dlse, dq, log_sums, delta, scale, signed_scale,
+    q_heads, q_len, count, offset, chunks, q_batch, q_head, q_row, y_batch, y_head, y_row, u_batch,
+    u_head, u_row, o_batch, o_head, o_row, do_batch, do_head, do_row, dlse_batch, dlse_head,
+    dlse_row, dq_batch, dq_head, dq_row, sums_row, G: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr, NEGATIVE: tl.constexpr,
-    LSE_GRADIENT: tl.constexpr,
+    LSE_GRADIENT: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """dq, and on the way delta for the key side; programs own the rows they own in forward."""
+    """dq, and for the key side delta and the log-sum-exps in base 2, +inf where nothing is seen."""
     pid = tl.program_id(0).to(tl.int64)
     chunk = (chunks - 1 - pid % chunks).to(tl.int32)
     head = pid // chunks % q_heads
@@ -106,55 +117,72 @@ def _query_gradient(
     log_sum = tl.load(lse + place, mask=mine, other=float("-inf"))
     difference = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
     if LSE_GRADIENT:
-        there = dlse + batch * dlse_batch + head * dlse_head + (start + row) * dlse_row
-        difference -= tl.load(there, mask=mine, other=0.0).to(tl.float32)
+        given = dlse + batch * dlse_batch + head * dlse_head + (start + row) * dlse_row
+        difference -= tl.load(given, mask=mine, other=0.0).to(tl.float32)
     dead = log_sum == float("-inf")
     difference = tl.where(dead, 0.0, difference)
-    tl.store(delta + place, difference, mask=mine)
     log_sum = tl.where(dead, float("inf"), log_sum * 1.4426950408889634)
+    there = (batch * q_heads + head) * sums_row + first + row
+    tl.store(delta + there, difference, mask=mine)
+    tl.store(log_sums + there, log_sum, mask=mine)
     low, bound = seen_blocks(
         spans + batch * spans_batch, first + row, mine, offset, count, CB, CD, CAUSAL, RANGED
     )
     first_step, full, stop = steps(
         low, bound, first, M, q_len, count, offset, BN, CB, CD, CAUSAL, PADDED, RANGED
     )
-    y_base = y + batch * y_batch + head // G * y_head
-    u_base = u + batch * u_batch + head // G * u_head
+    shared = head // G
+    y_base = head_rows(y, batch, shared, y_batch, y_head, DESCRIBED)
+    u_base = head_rows(u, batch, shared, u_batch, u_head, DESCRIBED)
+    where = batch.to(tl.int32), shared.to(tl.int32)
     some_base = some + batch * count
     acc = tl.zeros([M, DP], tl.float32)
     acc = _query_steps(
-        acc, q_tile, do_tile, log_sum, difference, y_base, u_base, some_base, first_step, full, low,
-        bound, count, scale, y_row, u_row, D, DV, DP, DVP, BN, PADDED, RANGED, False,
+        acc, q_tile, do_tile, log_sum, difference, y_base, u_base, where[0], where[1], some_base,
+        first_step, full, low, bound, count, scale, y_row, u_row, D, DV, DP, DVP, BN, PADDED,
+        RANGED, DESCRIBED, False,
     )  # fmt: skip
     acc = _query_steps(
-        acc, q_tile, do_tile, log_sum, difference, y_base, u_base, some_base, full, stop, low,
-        bound, count, scale, y_row, u_row, D, DV, DP, DVP, BN, PADDED, RANGED, True,
+        acc, q_tile, do_tile, log_sum, difference, y_base, u_base, where[0], where[1], some_base,
+        full, stop, low, bound, count, scale, y_row, u_row, D, DV, DP, DVP, BN, PADDED, RANGED,
+        DESCRIBED, True,
     )  # fmt: skip
     dq_base = dq + batch * dq_batch + head * dq_head + start * dq_row
     store_rows(dq_base, row, dq_row, mine, acc * signed_scale, D, DP)
 
 
 @triton.jit
+def _row_sums(sums, row, first, query, mine, other, BM: tl.constexpr, DESCRIBED: tl.constexpr):
+    """A number for each query of a step; ``row`` is the head's, counted over the batch."""
+    if DESCRIBED:
+        return tl.reshape(sums.load([row, first]), [BM])
+    else:
+        return tl.load(sums + query, mask=mine, other=other)
+
+
+@triton.jit
 def _key_steps(
-    dy, du, keys, values, q, do, lse, delta, spans, start, stop, c, scale, q_len, count, offset,
-    q_row, do_row, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, CAUSAL: tl.constexpr,
-    RANGED: tl.constexpr, NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
+    dy, du, keys, values, q, do, log_sums, delta, batch, head, row, spans, start, stop, c, scale,
+    q_len, count, offset, q_row, do_row, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, CAUSAL: tl.constexpr,
+    RANGED: tl.constexpr, NEGATIVE: tl.constexpr, DESCRIBED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Queries past the last one have zeros in q and do, and add nothing."""
     lane = tl.arange(0, BM)
-    q_step = tl.full([], BM, tl.int64) * q_row
-    do_step = tl.full([], BM, tl.int64) * do_row
     for step in range(start, stop):
-        query = step * BM + lane
+        first = step * BM
+        query = first + lane
         mine = query < q_len
-        q_tile = load_rows(q + step * q_step, lane, q_row, mine, D, DP, True)
-        do_tile = load_rows(do + step * do_step, lane, do_row, mine, DV, DVP, True)
+        q_tile = load_tile(q, batch, head, first, lane, q_row, mine, D, DP, BM, True, DESCRIBED)
+        do_tile = load_tile(
+            do, batch, head, first, lane, do_row, mine, DV, DVP, BM, True, DESCRIBED
+        )
         if NEGATIVE:
             q_tile = -q_tile
-        log_sum = tl.load(lse + query, mask=mine, other=float("-inf"))
-        log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)
-        difference = tl.load(delta + query, mask=mine, other=0.0)
+        log_sum = _row_sums(log_sums, row, first, query, mine, float("inf"), BM, DESCRIBED)
+        difference = _row_sums(delta, row, first, query, mine, 0.0, BM, DESCRIBED)
         s = tl.dot(keys, tl.trans(q_tile), input_precision="ieee")
+        dp = tl.dot(values, tl.trans(do_tile), input_precision="ieee")
         p = tl.exp2(s * scale - log_sum[None, :])
         if MASKED:
             low, bound = seen_blocks(spans, query, mine, offset, count, CB, CD, CAUSAL, RANGED)
@@ -162,21 +190,20 @@ def _key_steps(
             if RANGED:
                 seen = seen & (c[:, None] >= low[None, :])
             p = tl.where(seen, p, 0.0)
-        du = tl.dot(p.to(do_tile.dtype), do_tile, du, input_precision="ieee")
-        dp = tl.dot(values, tl.trans(do_tile), input_precision="ieee")
         ds = p * (dp - difference[None, :])
+        du = tl.dot(p.to(do_tile.dtype), do_tile, du, input_precision="ieee")
         dy = tl.dot(ds.to(q_tile.dtype), q_tile, dy, input_precision="ieee")
     return dy, du
 
 
 @triton.jit
 def _key_gradient(
-    q, y, u, some, spans, spans_batch, do, lse, delta, dy, du, scale, units, q_heads, q_len, count,
-    offset, pieces, piece_rows, q_batch, q_head, q_row, y_batch, y_head, y_row, u_batch, u_head,
-    u_row, do_batch, do_head, do_row, G: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
+    q, y, u, some, spans, spans_batch, do, log_sums, delta, dy, du, scale, units, q_heads, q_len,
+    count, offset, pieces, piece_rows, q_batch, q_head, q_row, y_batch, y_head, y_row, u_batch,
+    u_head, u_row, do_batch, do_head, do_row, sums_row, G: tl.constexpr, CB: tl.constexpr,
+    CD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr,
+    RANGED: tl.constexpr, NEGATIVE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """dy and du of BN compressed keys from one query head and one piece of its queries.
 
@@ -208,22 +235,25 @@ def _key_gradient(
     stop = (stop + BM - 1) // BM
     start = tl.minimum(start // BM, stop)
     full = tl.minimum((full + BM - 1) // BM, stop)
-    q_base = q + batch * q_batch + head * q_head
-    do_base = do + batch * do_batch + head * do_head
-    sums = (batch * q_heads + head) * q_len
+    q_base = head_rows(q, batch, head, q_batch, q_head, DESCRIBED)
+    do_base = head_rows(do, batch, head, do_batch, do_head, DESCRIBED)
+    row = batch * q_heads + head
+    sums = head_rows(log_sums, 0, row, 0, sums_row, DESCRIBED)
+    differences = head_rows(delta, 0, row, 0, sums_row, DESCRIBED)
+    where = batch.to(tl.int32), head.to(tl.int32), row.to(tl.int32)
     dy_sum = tl.zeros([BN, DP], tl.float32)
     du_sum = tl.zeros([BN, DVP], tl.float32)
     own_spans = spans + batch * spans_batch
     if CAUSAL or RANGED:
         dy_sum, du_sum = _key_steps(
-            dy_sum, du_sum, keys, values, q_base, do_base, lse + sums, delta + sums, own_spans,
-            start, full, c, scale, q_len, count, offset, q_row, do_row, CB, CD, D, DV, DP, DVP, BM,
-            CAUSAL, RANGED, NEGATIVE, True,
+            dy_sum, du_sum, keys, values, q_base, do_base, sums, differences, where[0], where[1],
+            where[2], own_spans, start, full, c, scale, q_len, count, offset, q_row, do_row, CB, CD,
+            D, DV, DP, DVP, BM, CAUSAL, RANGED, NEGATIVE, DESCRIBED, True,
         )  # fmt: skip
     dy_sum, du_sum = _key_steps(
-        dy_sum, du_sum, keys, values, q_base, do_base, lse + sums, delta + sums, own_spans, full,
-        stop, c, scale, q_len, count, offset, q_row, do_row, CB, CD, D, DV, DP, DVP, BM, CAUSAL,
-        RANGED, NEGATIVE, False,
+        dy_sum, du_sum, keys, values, q_base, do_base, sums, differences, where[0], where[1],
+        where[2], own_spans, full, stop, c, scale, q_len, count, offset, q_row, do_row, CB, CD, D,
+        DV, DP, DVP, BM, CAUSAL, RANGED, NEGATIVE, DESCRIBED, False,
     )  # fmt: skip
     if PADDED:
         dy_sum = tl.where(real[:, None], dy_sum, 0.0)
@@ -240,8 +270,6 @@ def backward(
     """(dq token-major, dk, dv) in the dtypes of q, k and v; rows behind ``count`` get none."""
     dq = empty_token_major(q, *q.shape)
     q, k, v, out, grad_out = (dense_rows(x) for x in (q, k, v, out, grad_out))
-    lse = lse.contiguous()
-    delta = torch.empty_like(lse)
     holds, spans = site.holds(count), site.spans(count)
     some = q if holds is None else holds.to(torch.uint8).contiguous()
     seen = (some, *spans_argument(spans, q))
@@ -250,37 +278,48 @@ def backward(
              "DV": value_dim, "DP": padded_dim(dim), "DVP": padded_dim(value_dim),
              "CAUSAL": site.causal, "PADDED": holds is not None,
              "RANGED": spans is not None, "NEGATIVE": site.scale < 0}  # fmt: skip
-    _launch_query(grad_out, grad_lse, q, k, v, seen, out, lse, dq, delta, count, site, shape)
-    dk, dv = _launch_key(grad_out, q, k, v, seen, lse, delta, count, site, shape)
+    # Log-sum-exps in base 2 and delta of the rows of all heads, each head's on an even address.
+    heads, q_len = q.shape[0] * q.shape[1], q.shape[2]
+    sums = q.new_empty(2, heads, triton.cdiv(q_len, 4) * 4, dtype=torch.float32)[..., :q_len]
+    lse = lse.contiguous()
+    _launch_query(grad_out, grad_lse, q, k, v, seen, out, lse, dq, sums, count, site, shape)
+    dk, dv = _launch_key(grad_out, q, k, v, seen, sums, count, site, shape)
     return dq, dk, dv
 
 
-def _launch(kernel: str, q: torch.Tensor, shape: dict[str, int]) -> Launch:
-    return LAUNCHES[kernel, q.element_size() == 2, max(64, shape["DP"], shape["DVP"])]
+def _launch(kernel: str, q: torch.Tensor, shape: dict[str, int], described: bool) -> Launch:
+    widest = max(64, shape["DP"], shape["DVP"])
+    launch = DESCRIBED_LAUNCHES.get((kernel, widest)) if described else None
+    return launch or LAUNCHES[kernel, q.element_size() == 2, widest]
 
 
-def _launch_query(
-    grad_out, grad_lse, q, k, v, seen, out, lse, dq, delta, count, site, shape
-) -> None:
+def _launch_query(grad_out, grad_lse, q, k, v, seen, out, lse, dq, sums, count, site, shape) -> None:
     batch, q_heads, q_len, _ = q.shape
-    launch = _launch("query", q, shape)
+    # What stands in a hidden block may be NaN: only pointers can leave it unread.
+    described = not shape["PADDED"] and describable(k, v)
+    launch = _launch("query", q, shape, described)
     chunks = triton.cdiv(q_len, launch.rows)
+    keys, values = k, v
+    if described:
+        keys = describe(k, (1, 1, launch.keys, shape["DP"]), count)
+        values = describe(v, (1, 1, launch.keys, shape["DVP"]), count)
     _query_gradient[(chunks * q_heads * batch,)](
-        q, k, v, *seen, out, grad_out, lse, lse if grad_lse is None else grad_lse, dq, delta,
-        abs(site.scale) * LOG2_E, site.scale, q_heads, q_len, count, site.offset, chunks,
+        q, keys, values, *seen, out, grad_out, lse, lse if grad_lse is None else grad_lse, dq,
+        *sums, abs(site.scale) * LOG2_E, site.scale, q_heads, q_len, count, site.offset, chunks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *grad_out.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
-        *dq.stride()[:3], **shape, M=launch.rows, BN=launch.keys,
-        LSE_GRADIENT=grad_lse is not None, num_warps=launch.warps, num_stages=launch.stages,
-        maxnreg=launch.registers,
+        *dq.stride()[:3], sums.stride(1), **shape, M=launch.rows, BN=launch.keys,
+        LSE_GRADIENT=grad_lse is not None, DESCRIBED=described, num_warps=launch.warps,
+        num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
 
 
 def _launch_key(
-    grad_out, q, k, v, seen, lse, delta, count, site, shape
+    grad_out, q, k, v, seen, sums, count, site, shape
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, q_heads, q_len, _ = q.shape
-    launch = _launch("key", q, shape)
+    described = describable(q, grad_out)
+    launch = _launch("key", q, shape, described)
     steps = triton.cdiv(count, launch.keys)
     wanted = triton.cdiv(KEY_PROGRAMS, steps * q_heads * batch)
     pieces = min(wanted, triton.cdiv(q_len, PIECE_ROWS))
@@ -291,11 +330,20 @@ def _launch_key(
     dk, dv = (
         q.new_empty(batch, k.shape[1], parts, count, x.shape[3], dtype=parts_dtype) for x in (k, v)
     )
+    read = q, grad_out, *sums
+    if described:
+        rows = launch.rows
+        read = (
+            describe(q, (1, 1, rows, shape["DP"])),
+            describe(grad_out, (1, 1, rows, shape["DVP"])),
+            *(describe(x, (1, rows)) for x in sums),
+        )
     _key_gradient[(units * steps,)](
-        q, k, v, *seen, grad_out, lse, delta, dk, dv, abs(site.scale) * LOG2_E, units, q_heads,
+        read[0], k, v, *seen, *read[1:], dk, dv, abs(site.scale) * LOG2_E, units, q_heads,
         q_len, count, site.offset, pieces, piece_rows, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *grad_out.stride()[:3], **shape, BN=launch.keys, BM=launch.rows,
-        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+        *v.stride()[:3], *grad_out.stride()[:3], sums.stride(1), **shape, BN=launch.keys,
+        BM=launch.rows, DESCRIBED=described, num_warps=launch.warps, num_stages=launch.stages,
+        maxnreg=launch.registers,
     )  # fmt: skip
     spare = k.shape[2] - count
     joined = ((x[:, :, 0] if parts == 1 else x.sum(dim=2).to(q.dtype)) for x in (dk, dv))
