@@ -24,7 +24,7 @@ def has_copy_engine(device: torch.device) -> bool:
 
 
 def describable(*tensors: torch.Tensor) -> bool:
-    """Whether the device has the engine and each tensor of 16 bits, last dimension dense, suits it."""
+    """Whether the device has the engine and each tensor of 16 bits, with dense rows, suits it."""
     return all(has_copy_engine(x.device) and _aligned(x) for x in tensors)
 
 
@@ -32,11 +32,12 @@ def _aligned(x: torch.Tensor) -> bool:
     step = _ALIGNED // x.element_size()
     strides = (s for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1)
     regular = all(s > 0 and s % step == 0 for s in strides)
-    return x.element_size() == 2 and x.data_ptr() % _ALIGNED == 0 and regular
+    based = x.numel() > 0 and x.data_ptr() % _ALIGNED == 0
+    return x.element_size() == 2 and based and regular
 
 
 def describe(x: torch.Tensor, block: tuple[int, ...], rows: int | None = None) -> TensorDescriptor:
-    """x for loads of ``block``; with ``rows`` those of x [..., rows or more, D] behind are zeros."""
+    """x for loads of ``block``; with ``rows`` the rows of x [..., T, D] behind them are zeros."""
     shape = [*x.shape]
     if rows is not None:
         shape[-2] = rows

@@ -42,11 +42,14 @@ LAUNCHES: dict[tuple[str, bool, int], Launch] = {
     ("key", False, 256): Launch(16, 16, 4, 1),
 }
 # With what a step reads through descriptors, by kernel and widest head dim. As above, 64/4 heads.
-# Query side: 128x64 with 8 warps and 3 stages 11.8, 64x64 in 168 registers 12.0, without a limit
-# 12.2, 128x128 12.6, 64x32 12.9, 128x32 13.2. Key side: 64x128 16.4, 2 stages 18.7, 4 stages 17.7,
-# 32x128 17.9, 64x64 19.1; with dp computed after p 1.1 more.
+# Query side: 128x64 with 8 warps and 3 stages 11.8 (the best through pointers 13.6), 64x64 in 168
+# registers 12.0, without a limit 12.2, 128x128 12.6, 64x32 12.9, 128x32 13.2. Key side: 64x128 16.4
+# (20.0), 2 stages 18.7, 32x128 17.9, 64x64 19.1; with dp computed after p 1.1 more. Heads of 64 at
+# 32/8: 3.7 (4.2) and 5.5 (6.3); wider than 128 the key side spills more than it gains.
 DESCRIBED_LAUNCHES: dict[tuple[str, int], Launch] = {
+    ("query", 64): Launch(128, 64, 8, 3),
     ("query", 128): Launch(128, 64, 8, 3),
+    ("key", 64): Launch(64, 64, 4, 2),
     ("key", 128): Launch(64, 128, 8, 3),
 }
 # Programs of the key side that fill the device; with fewer heads the queries are cut in pieces,
@@ -91,10 +94,11 @@ def _query_gradient(
     q, y, u, some, spans, spans_batch, out, do, lse, dlse, dq, log_sums, delta, scale, signed_scale,
     q_heads, q_len, count, offset, chunks, q_batch, q_head, q_row, y_batch, y_head, y_row, u_batch,
     u_head, u_row, o_batch, o_head, o_row, do_batch, do_head, do_row, dlse_batch, dlse_head,
-    dlse_row, dq_batch, dq_head, dq_row, sums_row, G: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr, NEGATIVE: tl.constexpr,
-    LSE_GRADIENT: tl.constexpr, DESCRIBED: tl.constexpr,
+    dlse_row, dq_batch, dq_head, dq_row, sums_row, G: tl.constexpr, CB: tl.constexpr,
+    CD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr,
+    RANGED: tl.constexpr, NEGATIVE: tl.constexpr, LSE_GRADIENT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """dq, and for the key side delta and the log-sum-exps in base 2, +inf where nothing is seen."""
     pid = tl.program_id(0).to(tl.int64)
@@ -287,17 +291,21 @@ def backward(
     return dq, dk, dv
 
 
-def _launch(kernel: str, q: torch.Tensor, shape: dict[str, int], described: bool) -> Launch:
+def _launch(
+    kernel: str, q: torch.Tensor, shape: dict[str, int], describable: bool
+) -> tuple[Launch, bool]:
+    """The launch, and whether it is one for descriptors."""
     widest = max(64, shape["DP"], shape["DVP"])
-    launch = DESCRIBED_LAUNCHES.get((kernel, widest)) if described else None
-    return launch or LAUNCHES[kernel, q.element_size() == 2, widest]
+    launch = DESCRIBED_LAUNCHES.get((kernel, widest)) if describable else None
+    return launch or LAUNCHES[kernel, q.element_size() == 2, widest], launch is not None
 
 
-def _launch_query(grad_out, grad_lse, q, k, v, seen, out, lse, dq, sums, count, site, shape) -> None:
+def _launch_query(
+    grad_out, grad_lse, q, k, v, seen, out, lse, dq, sums, count, site, shape
+) -> None:
     batch, q_heads, q_len, _ = q.shape
     # What stands in a hidden block may be NaN: only pointers can leave it unread.
-    described = not shape["PADDED"] and describable(k, v)
-    launch = _launch("query", q, shape, described)
+    launch, described = _launch("query", q, shape, not shape["PADDED"] and describable(k, v))
     chunks = triton.cdiv(q_len, launch.rows)
     keys, values = k, v
     if described:
@@ -318,8 +326,7 @@ def _launch_key(
     grad_out, q, k, v, seen, sums, count, site, shape
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, q_heads, q_len, _ = q.shape
-    described = describable(q, grad_out)
-    launch = _launch("key", q, shape, described)
+    launch, described = _launch("key", q, shape, describable(q, grad_out))
     steps = triton.cdiv(count, launch.keys)
     wanted = triton.cdiv(KEY_PROGRAMS, steps * q_heads * batch)
     pieces = min(wanted, triton.cdiv(q_len, PIECE_ROWS))

@@ -36,9 +36,13 @@ LAUNCHES: dict[tuple[bool, int], Launch] = {
     (False, 256): Launch(16, 16, 4, 1),
 }
 # With keys and values through descriptors, by the widest head dim. As above, 64/4 heads: in 128
-# registers, so that two programs overlap, 8.64; without a limit 9.7 (3 stages), 11.0 (2); 4 warps
-# 8.82; 128x128 9.86; 64x64 10.4.
-DESCRIBED_LAUNCHES: dict[int, Launch] = {128: Launch(128, 64, 8, 2, registers=128)}
+# registers, so that two programs overlap, 8.64 (the best through pointers 9.50); without a limit
+# 9.7 (3 stages), 11.0 (2); 4 warps 8.82; 128x128 9.86; 64x64 10.4. Heads of 256: 10.7, through
+# pointers 15.1; of 64 no difference.
+DESCRIBED_LAUNCHES: dict[int, Launch] = {
+    128: Launch(128, 64, 8, 2, registers=128),
+    256: Launch(64, 64, 4, 2),
+}
 
 
 @triton.jit
@@ -113,12 +117,12 @@ def _forward(
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc, top, total = _steps(
-        acc, top, total, q_tile, y_base, u_base, where[0], where[1], some_base, start, full, low, bound,
-        count, scale, y_row, u_row, D, DV, DP, DVP, BN, PADDED, RANGED, DESCRIBED, False,
+        acc, top, total, q_tile, y_base, u_base, where[0], where[1], some_base, start, full, low,
+        bound, count, scale, y_row, u_row, D, DV, DP, DVP, BN, PADDED, RANGED, DESCRIBED, False,
     )  # fmt: skip
     acc, top, total = _steps(
-        acc, top, total, q_tile, y_base, u_base, where[0], where[1], some_base, full, stop, low, bound,
-        count, scale, y_row, u_row, D, DV, DP, DVP, BN, PADDED, RANGED, DESCRIBED, True,
+        acc, top, total, q_tile, y_base, u_base, where[0], where[1], some_base, full, stop, low,
+        bound, count, scale, y_row, u_row, D, DV, DP, DVP, BN, PADDED, RANGED, DESCRIBED, True,
     )  # fmt: skip
     alive = total > 0
     total = tl.where(alive, total, 1.0)
@@ -140,11 +144,10 @@ def forward(
     some, spans = site.holds(count), site.spans(count)
     widest = max(64, padded_dim(max(dim, value_dim)))
     # What stands in a hidden block may be NaN: only pointers can leave it unread.
-    described = some is None and describable(k, v)
-    launch = DESCRIBED_LAUNCHES.get(widest) if described else None
-    launch = launch or LAUNCHES[q.element_size() == 2, widest]
+    fast = DESCRIBED_LAUNCHES.get(widest) if some is None and describable(k, v) else None
+    launch = fast or LAUNCHES[q.element_size() == 2, widest]
     keys, values = k, v
-    if described:
+    if fast:
         keys = describe(k, (1, 1, launch.keys, padded_dim(dim)), count)
         values = describe(v, (1, 1, launch.keys, padded_dim(value_dim)), count)
     chunks = triton.cdiv(q_len, launch.rows)
@@ -155,7 +158,7 @@ def forward(
         G=q_heads // k.shape[1], CB=site.block, CD=site.stride, D=dim, DV=value_dim,
         DP=padded_dim(dim), DVP=padded_dim(value_dim), M=launch.rows, BN=launch.keys,
         CAUSAL=site.causal, PADDED=some is not None, RANGED=spans is not None,
-        NEGATIVE=site.scale < 0, DESCRIBED=described, num_warps=launch.warps,
+        NEGATIVE=site.scale < 0, DESCRIBED=fast is not None, num_warps=launch.warps,
         num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return out, lse

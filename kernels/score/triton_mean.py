@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from nsa_compile.kernels.score.triton_rows import Launch, deal_rows, dealt_rows
+from nsa_compile.kernels.triton_descriptors import describable, describe, head_rows, load_tile
 from nsa_compile.kernels.triton_site import (
     LOG2_E,
     Terms,
@@ -27,14 +28,17 @@ from nsa_compile.kernels.triton_site import (
     visible,
 )
 
-# One H100, 131,072 tokens, 32/8 heads of 128, bfloat16, ms. Row sums: 128x64 8.3, 256x64 with 16
-# warps 8.5, 128x128 9.2, 64x64 9.4; more than one program on a processor hides the exponentials. A
-# bound in place of the running maximum, or half of the exponentials as polynomials, gains nothing.
-# Column sums: 64x256 with 3 stages 9.8, with 2 10.2; 64x128 10.9, 64x64 12.5, 128x128 12.4.
+# One H100, 131,072 tokens, 32/8 heads of 128, bfloat16, ms. Row sums, keys through descriptors:
+# 128x64 8.3 (through pointers 9.0), with 3 stages 9.2, without a limit 9.4; 128x128 in 112
+# registers 8.4, 128x64 with 4 warps 8.6, 256x64 with 16 warps 9.0, 64x64 9.1; more than one program
+# on a processor hides the exponentials. A bound in place of the running maximum, or half of the
+# exponentials as polynomials, gains nothing; two exponentials in half precision take the unit as
+# long as two in single. Column sums: 64x256 with 2 stages 9.8, with 3 10.1, without a limit 11.9;
+# 64x128 10.6, 64x64 12.5, 128x128 12.4; queries through descriptors spill and take 10.8 and more.
 LAUNCHES: dict[tuple[str, bool], Launch] = {
     ("row sums", True): Launch(128, 64, 8, 2, registers=80),
     ("row sums", False): Launch(32, 32, 4, 1),
-    ("column sums", True): Launch(64, 256, 8, 3, registers=128),
+    ("column sums", True): Launch(64, 256, 8, 2, registers=128),
     ("column sums", False): Launch(32, 32, 4, 1),
 }
 
@@ -56,23 +60,19 @@ def _modified(
 
 @triton.jit
 def _row_steps(
-    top, total, q, y, some, start, stop, position, scale, count, window, y_row, kv_len, row_low,
-    row_high, slope, place, positions, cap, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    top, total, q, y, batch, head, some, start, stop, position, scale, count, window, y_row, kv_len,
+    row_low, row_high, slope, place, positions, cap, CB: tl.constexpr, CD: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr, SLOPED: tl.constexpr,
-    PLACED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    PLACED: tl.constexpr, CAPPED: tl.constexpr, DESCRIBED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Running maximum and sum of four interleaved columns a row: a thread meets no other."""
     column = tl.arange(0, BN)
-    dim = tl.arange(0, DP)
-    y_step = tl.full([], BN, tl.int64) * y_row
     for step in range(start, stop):
         c = step * BN + column
-        pointers = y + step * y_step + (column * y_row)[:, None] + dim[None, :]
-        if MASKED or D != DP:
-            keys = tl.load(pointers, mask=(c < count)[:, None] & (dim < D)[None, :], other=0.0)
-        else:
-            keys = tl.load(pointers)
+        keys = load_tile(
+            y, batch, head, step * BN, column, y_row, c < count, D, DP, BN, MASKED, DESCRIBED
+        )
         s = tl.dot(q, tl.trans(keys), input_precision="ieee")
         last = c * CD + (CB - 1)
         if MASKED or PADDED or SLOPED or CAPPED:
@@ -118,7 +118,7 @@ def _row_sums(
     positions, positions_batch, cap, G: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr, SLOPED: tl.constexpr,
-    PLACED: tl.constexpr, CAPPED: tl.constexpr, NEGATIVE: tl.constexpr,
+    PLACED: tl.constexpr, CAPPED: tl.constexpr, NEGATIVE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """log2 of the row sums over compressed keys; +inf where a query sees none, so that p is 0."""
     pid = tl.program_id(0).to(tl.int64)
@@ -163,25 +163,27 @@ def _row_sums(
     start = tl.minimum(start // BN, stop)
     start_all = tl.minimum((start_all + BN - 1) // BN, stop)
     stop_all = tl.minimum(tl.maximum(stop_all // BN, start_all), stop)
-    y_base = y + batch * y_batch + head // G * y_head
+    y_base = head_rows(y, batch, head // G, y_batch, y_head, DESCRIBED)
+    where = batch.to(tl.int32), (head // G).to(tl.int32)
     some_base = some + batch * count
     top = tl.full([M, 4], float("-inf"), tl.float32)
     total = tl.zeros([M, 4], tl.float32)
     if WINDOWED or RANGED:
         top, total = _row_steps(
-            top, total, q_tile, y_base, some_base, start, start_all, position, scale, count, window,
-            y_row, kv_len, row_low, row_high, slope, place, places, cap, CB, CD, D, DP, M, BN,
-            CAUSAL, WINDOWED, PADDED, RANGED, SLOPED, PLACED, CAPPED, True,
+            top, total, q_tile, y_base, where[0], where[1], some_base, start, start_all, position,
+            scale, count, window, y_row, kv_len, row_low, row_high, slope, place, places, cap, CB,
+            CD, D, DP, M, BN, CAUSAL, WINDOWED, PADDED, RANGED, SLOPED, PLACED, CAPPED, DESCRIBED,
+            True,
         )  # fmt: skip
     top, total = _row_steps(
-        top, total, q_tile, y_base, some_base, start_all, stop_all, position, scale, count, window,
-        y_row, kv_len, row_low, row_high, slope, place, places, cap, CB, CD, D, DP, M, BN, CAUSAL,
-        WINDOWED, PADDED, RANGED, SLOPED, PLACED, CAPPED, False,
+        top, total, q_tile, y_base, where[0], where[1], some_base, start_all, stop_all, position,
+        scale, count, window, y_row, kv_len, row_low, row_high, slope, place, places, cap, CB, CD,
+        D, DP, M, BN, CAUSAL, WINDOWED, PADDED, RANGED, SLOPED, PLACED, CAPPED, DESCRIBED, False,
     )  # fmt: skip
     top, total = _row_steps(
-        top, total, q_tile, y_base, some_base, stop_all, stop, position, scale, count, window,
-        y_row, kv_len, row_low, row_high, slope, place, places, cap, CB, CD, D, DP, M, BN, CAUSAL,
-        WINDOWED, PADDED, RANGED, SLOPED, PLACED, CAPPED, True,
+        top, total, q_tile, y_base, where[0], where[1], some_base, stop_all, stop, position, scale,
+        count, window, y_row, kv_len, row_low, row_high, slope, place, places, cap, CB, CD, D, DP,
+        M, BN, CAUSAL, WINDOWED, PADDED, RANGED, SLOPED, PLACED, CAPPED, DESCRIBED, True,
     )  # fmt: skip
     peak = tl.max(top, 1)
     base = tl.where(peak == float("-inf"), 0.0, peak)
@@ -202,10 +204,15 @@ def _column_steps(
     RANGED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
     NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tile groups [start, stop); the next step's row sums are fetched a step ahead."""
+    """Tile groups [start, stop); the next step's row sums are fetched a step ahead.
+
+    Columns of one tile are summed four interleaved ones apart, so that a thread meets no other
+    before the tile is done.
+    """
     dim = tl.arange(0, DP)
     slot = tl.arange(0, TILES)
-    subtotal = tl.zeros([BC, TILES], tl.float32)
+    apart: tl.constexpr = 4 if TILES == 1 else TILES
+    subtotal = tl.zeros([BC, apart], tl.float32)
     head, first, query, mine = dealt_rows(
         start * PARTS, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
     )
@@ -246,15 +253,21 @@ def _column_steps(
                 row_low, row_high = row_range(ranges, query, mine, RANGED)
                 seen = seen & (last >= row_low[None, :]) & (last < row_high[None, :])
             p = tl.where(seen, p, 0.0)
-        subtotal += tl.sum(tl.reshape(p, [BC, TILES, M // TILES]), 2)
-        done = step % PARTS == PARTS - 1
-        tile = step // PARTS * TILES + slot
-        there = tile.to(tl.int64)[None, :] * count + c[:, None]
-        tl.store(
-            mass + there, tl.where(real[:, None], subtotal, 0.0),
-            mask=alive[:, None] & (tile < tiles)[None, :] & done,
-        )  # fmt: skip
-        subtotal = tl.where(done, 0.0, subtotal)
+        if TILES == 1:
+            subtotal += tl.sum(tl.sum(tl.reshape(p, [BC, M // 8, 4, 2]), 3), 1)
+        else:
+            subtotal += tl.sum(tl.reshape(p, [BC, TILES, M // TILES]), 2)
+        if step % PARTS == PARTS - 1:
+            tile = step // PARTS * TILES + slot
+            there = tile.to(tl.int64)[None, :] * count + c[:, None]
+            total = subtotal
+            if TILES == 1:
+                total = tl.sum(subtotal, 1)[:, None]
+            tl.store(
+                mass + there, tl.where(real[:, None], total, 0.0),
+                mask=alive[:, None] & (tile < tiles)[None, :],
+            )  # fmt: skip
+            subtotal = tl.zeros([BC, apart], tl.float32)
 
 
 @triton.jit
@@ -336,16 +349,19 @@ def row_sums(
     batch, q_heads, q_len, dim = q.shape
     kv_heads, count = compressed.shape[1:3]
     launch = LAUNCHES["row sums", q.element_size() == 2]
+    read, described = compressed, describable(compressed)
+    if described:
+        read = describe(compressed, (1, 1, launch.keys, max(16, triton.next_power_of_2(dim))))
     log_sums = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     chunks = triton.cdiv(q_len, launch.rows)
     _row_sums[(batch * q_heads * chunks,)](
-        q, compressed, compressed if some is None else some, log_sums, abs(scale) * LOG2_E, q_heads,
+        q, read, compressed if some is None else some, log_sums, abs(scale) * LOG2_E, q_heads,
         kv_heads, q_len, count, offset, window or 0, chunks, *q.stride()[:3],
         *compressed.stride()[:3], kv_len, *arguments, G=q_heads // kv_heads, CB=compress_block,
         CD=compress_stride, D=dim, DP=max(16, triton.next_power_of_2(dim)), M=launch.rows,
         BN=launch.keys, CAUSAL=causal, WINDOWED=window is not None, PADDED=some is not None,
-        **flags, NEGATIVE=scale < 0, num_warps=launch.warps, num_stages=launch.stages,
-        maxnreg=None if any(flags.values()) else launch.registers,
+        **flags, NEGATIVE=scale < 0, DESCRIBED=described, num_warps=launch.warps,
+        num_stages=launch.stages, maxnreg=None if any(flags.values()) else launch.registers,
     )  # fmt: skip
     return log_sums
 

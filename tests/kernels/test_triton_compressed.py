@@ -47,6 +47,12 @@ def test_its_sums_choose_blocks(name: str, interpreted) -> None:
     interpreted(triton_cases.select, case, torch.float32, "mean", with_lse=True)
 
 
+@pytest.mark.parametrize("name", sorted({*CASES} - {"two kv heads, padding"}))
+def test_through_descriptors(name: str, interpreted) -> None:
+    case = CASES[name]._replace(dim=24, value_dim=40)
+    interpreted(triton_cases.described, triton_cases.compressed, case, torch.float16)
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 def test_pieces_of_the_queries(heads: int, interpreted) -> None:
     case = CASES["group of two"]._replace(heads=heads)

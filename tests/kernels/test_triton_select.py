@@ -110,6 +110,13 @@ def test_half_precision(name: str, scorer: str, interpreted) -> None:
     interpreted(triton_cases.select, CASES[name], torch.float16, scorer)
 
 
+@pytest.mark.parametrize("name", ["group of two", "one query", "block of 24, group of seven",
+    "token granular, group of sixteen", "not causal, window", "negative offset"])  # fmt: skip
+def test_through_descriptors(name: str, interpreted) -> None:
+    case = CASES[name]._replace(dim=24)
+    interpreted(triton_cases.described, triton_cases.select, case, torch.float16, "mean")
+
+
 @pytest.mark.parametrize("scorer", ["channels", "mean"])
 def test_rounds_of_tiles(scorer: str, interpreted) -> None:
     """Little scratch memory makes the tiles go in several rounds."""

@@ -6,7 +6,7 @@ that no kernel wrote is found, and PyTorch would name an operator that is not de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -402,6 +402,22 @@ def scale_gradient(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     assert relative_error(got, expected) < TOLERANCE[dtype][1]
     assert torch.equal(got, again), "two runs differ"
     assert not torch.equal(got, without)
+
+
+def described(check: Callable[..., None], case: Case, dtype: torch.dtype, *rest: Any) -> None:
+    """A check with all that may be read through tensor descriptors read so, on any device."""
+    from nsa_compile.kernels import triton_descriptors
+    from nsa_compile.kernels.attend.triton_rows import Launch
+    from nsa_compile.kernels.compressed import triton_backward, triton_kernel
+
+    launch = Launch(32, 32, 4, 1)
+    directions = {("query", 64): launch, ("key", 64): launch}
+    with (
+        replaced(triton_descriptors, {"has_copy_engine": lambda device: True}),
+        replaced(triton_kernel, {"DESCRIBED_LAUNCHES": {64: launch}}),
+        replaced(triton_backward, {"DESCRIBED_LAUNCHES": directions}),
+    ):
+        check(case, dtype, *rest)
 
 
 def combine(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
