@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa_compile.compilations import CompiledGraph
 from nsa_compile.passes.lower import Blocks
@@ -25,17 +27,29 @@ class ConversionWarning(UserWarning):
 class Unchanged:
     """A mask proven from a buffer's values holds only for those values.
 
-    Compares the tensor's identity and version counter, which is no device work.
+    A tensor is looked at once, and again when its version counter moved; that is no device work.
+    Models that are built alike share compiled code: each brings a buffer of its own.
     """
 
     def __init__(self, position: int, tensor: torch.Tensor) -> None:
         self.position = position
-        self.known = _Version(tensor)
+        self.proven = _digest(tensor)
+        self.seen = WeakTensorKeyDictionary()
+        self.seen[tensor] = (_version(tensor), True)
 
     def __call__(self, args: Sequence[Any]) -> str | None:
-        if self.known.is_of(args[self.position]):
+        if self._holds(args[self.position]):
             return None
         return f"a mask buffer (graph input {self.position}) changed"
+
+    def _holds(self, tensor: torch.Tensor) -> bool:
+        version = _version(tensor)
+        known, equal = self.seen.get(tensor, (None, False))
+        if version is None or known == version:
+            return version is not None and bool(equal)
+        equal = _digest(tensor) == self.proven
+        self.seen[tensor] = (version, equal)
+        return equal
 
 
 class Binary:
@@ -87,6 +101,12 @@ class _Version:
     def is_of(self, tensor: torch.Tensor) -> bool:
         known = self.version is not None and self.version == _version(tensor)
         return known and self.tensor() is tensor
+
+
+def _digest(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors of equal values."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return tuple(tensor.shape), tensor.dtype, hashlib.sha256(values.numpy()).digest()
 
 
 def _version(tensor: torch.Tensor) -> int | None:
