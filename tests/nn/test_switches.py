@@ -142,3 +142,45 @@ def test_padding(options: dict[str, Any]) -> None:
 
 def test_queries_in_tiles() -> None:
     compare(45, query_tile=4, select_block=4, num_selected=6, share_selection=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_selection": False},
+        {"importance": "interpolate", "select_block": 2},
+        {"select_block": 2, "causal": False},
+        {"num_selected": 0},
+        {"num_selected": 2, "select_block": 8, "kv_heads": 8},
+    ],
+    ids=str,
+)
+def test_gradcheck(options: dict[str, Any]) -> None:
+    """The choice stays the same under small steps; that of scales is in test_sel_scale.py."""
+    own, causal = made(compression="attention", **options)
+    given = inputs(own, 13, 13)
+
+    def out(*tensors: Tensor) -> Tensor:
+        return run(own, list(tensors), causal)
+
+    assert torch.autograd.gradcheck(out, given, nondet_tol=1e-9, fast_mode=True)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_only_scales_let_the_compression_learn_from_the_selection(share: bool) -> None:
+    for sel_scale in (False, True):
+        own, causal = made(sel_scale=sel_scale, share_selection=share, num_selected=3)
+        with torch.no_grad():  # the selected branch alone
+            own.gate.weight.zero_()
+            own.gate.bias.copy_(torch.tensor([-50.0, 50.0, -50.0]).repeat(8))
+        run(own, inputs(own, 60, 60), causal).square().sum().backward()
+        grads = dict(own.named_parameters())
+        assert bool((grads["compress_k.logits"].grad.abs() > 1e-6).any()) == sel_scale
+        assert not bool((grads["compress_v.logits"].grad.abs() > 1e-6).any())
+        assert grads["memory_k"].grad is None or not grads["memory_k"].grad.abs().max() > 1e-6
+
+
+def test_equal_switches_share_a_template() -> None:
+    switches = ({}, {"share_selection": False}, {"importance": "interpolate"}, {"sel_scale": True})
+    names = [made(**options)[0].template for options in (*switches, *switches)]
+    assert len(set(names)) == 4
