@@ -95,12 +95,11 @@ def _bytes_sparse(site: AttentionSite, config: NSAConfig) -> int:
     if config.scorer != "channels":
         width, scored = site.head_dim, scored // config.compress_stride
     again = cost.second_look_pairs(site, config)
-    read = (
-        _tiles(scored, _DENSE_TILE) * width + _tiles(again, config.query_tile or 1) * site.head_dim
-    )
+    read = site.kv_heads * _tiles(scored, _DENSE_TILE) * width
     attended = cost.attended_pairs(site, config)
-    read += _tiles(attended, config.query_tile or 1) * (site.head_dim + site.value_dim)
-    keys = site.batch * site.kv_heads * read * site.dtype.itemsize
+    chosen = _tiles(again, config.query_tile or 1) * site.head_dim
+    chosen += _tiles(attended, config.query_tile or 1) * (site.head_dim + site.value_dim)
+    keys = site.batch * (read + _choices(site, config) * chosen) * site.dtype.itemsize
     return int(_own_bytes(site) + keys + 2 * _blocks(site, config))
 
 
@@ -125,8 +124,13 @@ def _result(site: AttentionSite) -> int:
 def _blocks(site: AttentionSite, config: NSAConfig) -> int:
     """The int32 numbers of the blocks that each tile reads."""
     blocks = min(config.num_selected or 0, _tiles(int(site.kv_len), config.select_block))
-    tiles = site.batch * site.kv_heads * _tiles(int(site.q_len), config.query_tile or 1)
+    tiles = site.batch * _choices(site, config) * _tiles(int(site.q_len), config.query_tile or 1)
     return int(tiles * blocks * 4)
+
+
+def _choices(site: AttentionSite, config: NSAConfig) -> int:
+    """Choices of blocks that a tile makes."""
+    return site.kv_heads if config.share_selection else site.q_heads
 
 
 def _tiles(count: int, tile: int) -> int:

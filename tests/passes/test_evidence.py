@@ -128,3 +128,18 @@ def test_symbolic_lengths_are_projected_without_a_guard() -> None:
     )
     assert env.guards == []
     assert isinstance(length, torch.SymInt)
+
+
+def test_a_choice_for_each_query_head_costs_memory_for_each() -> None:
+    site = make_site(q_heads=8, kv_heads=2)
+
+    def row(**options: bool) -> dict[str, int]:
+        config = NSAConfig(merge="gate", dense_len=0, **options)
+        decision = replace(decide(site, NSAConfig()), config=config)
+        assert decision.converted
+        return projection(decision, [16384])["costs"][0]
+
+    shared, own = row(), row(share_selection=False)
+    blocks = site.batch * 2 * 16384 * 16 * 4  # int32 [B, Hkv, Tq, n]
+    assert own["memory_sparse"] - shared["memory_sparse"] == 3 * blocks
+    assert own["bytes_sparse"] > shared["bytes_sparse"]
