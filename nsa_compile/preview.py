@@ -56,7 +56,7 @@ def _captured(target: Target, request: Request) -> Capture:
     if target.graphs:
         return Capture(target.graphs)
     target.model.train(request.train)
-    with torch.set_grad_enabled(request.train), _quiet():
+    with torch.set_grad_enabled(request.train), quiet():
         captured = capture(target.model, target.args, target.kwargs, values=target.values)
     error = captured.error
     if error is None:
@@ -86,7 +86,7 @@ def _shapes(target: Target) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what torch logs and warns: errors are reported here, in a line.
 
     ``TORCH_LOGS`` in the environment lets everything through.

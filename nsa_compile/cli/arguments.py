@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nsa_compile.cli.completion import SHELLS
-from nsa_compile.cli.values import UsageError, lengths, positive
+from nsa_compile.cli.values import UsageError, lengths, positive, tolerance
 from nsa_compile.targets import EXPECTED
 
 _DESCRIPTION = """\
@@ -86,6 +86,31 @@ def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON")
     group.add_argument("--markdown", type=Path, metavar="PATH", help="write it as Markdown")
     group.add_argument("--html", type=Path, metavar="PATH", help="write it as one HTML file")
+    group.add_argument(
+        "--save",
+        type=Path,
+        metavar="OUT.pt2",
+        help="write the converted model, with its weights, as an exported program",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="run the model with its weights, dense and converted, and measure how far they are "
+        "apart",
+    )
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="BATCH.pt",
+        help="inputs for --verify, a file of torch.save: a tensor, a tuple, or a dict by name, "
+        "where labels are for perplexity",
+    )
+    group.add_argument(
+        "--tolerance",
+        type=tolerance,
+        metavar="ERROR",
+        help="find the layers to keep dense so that --verify measures at most this relative error",
+    )
     group.add_argument(
         "--bench",
         action="store_true",

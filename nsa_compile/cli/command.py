@@ -13,6 +13,7 @@ from rich.console import Console
 
 from nsa_compile.cli.arguments import parser
 from nsa_compile.cli.completion import completion
+from nsa_compile.cli.real import Done, check, verify_and_save
 from nsa_compile.cli.values import UsageError, check_folder, check_writable, pairs, reasons, write
 from nsa_compile.graphs import GraphFolder, GraphFolderError
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
@@ -22,6 +23,7 @@ from nsa_compile.report import RewriteReport
 from nsa_compile.report.diff import ReportFileError, difference, read_report
 from nsa_compile.report.story import chosen, story
 from nsa_compile.targets import EXPECTED, Request, TargetError
+from nsa_compile.verification import VerifyReport
 
 DONE, KEPT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # What a user can change; anything else is ours.
@@ -60,13 +62,21 @@ def _run(arguments: argparse.Namespace) -> int:
     for flag, path, _ in _files(arguments):
         check_writable(flag, path)
     check_folder("--graph", arguments.graph)
+    check(arguments)
     folder = None if arguments.graph is None else GraphFolder(arguments.graph)
     lengths = arguments.lengths or LENGTHS
-    report, notes = preview(_request(arguments), config, lengths, folder)
+    request = _request(arguments)
+    report, notes = preview(request, config, lengths, folder)
+    done = Done()
+    if arguments.verify or arguments.save:
+        done = verify_and_save(arguments, request, config)
+        report = done.report or report
+        report.verification = done.verification and done.verification.to_dict()
     if arguments.bench:
         _measure(report, arguments)
     _print(report) if arguments.explain is None else _explain(report, arguments.explain)
-    for note in notes:
+    done.tell(_print)
+    for note in dict.fromkeys((*notes, *done.notes)):
         print(f"note: {note}", file=sys.stderr)
     for flag, path, face in _files(arguments):
         if path is not None:
@@ -135,7 +145,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     )
 
 
-def _print(report: RewriteReport) -> None:
+def _print(report: RewriteReport | VerifyReport) -> None:
     """In colour and as wide as it is on a terminal; else as text of a fixed width."""
     console = Console(highlight=False)
     console.print(report) if console.is_terminal else print(report, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from ast import literal_eval
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -31,6 +32,17 @@ def positive(text: str) -> int:
 def lengths(text: str) -> tuple[int, ...]:
     """``"8192,32768"`` -> the numbers, each once and ascending."""
     return tuple(sorted({positive(part) for part in text.split(",")}))
+
+
+def tolerance(text: str) -> float:
+    """A relative error: a number from 0 up."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up, got {text!r}")
+    return value
 
 
 def pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:

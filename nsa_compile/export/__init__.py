@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from nsa_compile.export.conversion import ConvertError, convert
-from nsa_compile.export.file import save
+from nsa_compile.export.file import imports, save
 
-__all__ = ["ConvertError", "convert", "save"]
+__all__ = ["ConvertError", "convert", "imports", "save"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.masks.mutation import base
 from nsa_compile.passes.operators import to_operators
 from nsa_compile.passes.pipeline import analyse, rewrite
+from nsa_compile.passes.projection import LENGTHS
 from nsa_compile.passes.record import record
 from nsa_compile.report import RewriteReport
 
@@ -32,6 +33,7 @@ def convert(
     config: NSAConfig | Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
+    lengths: Sequence[int] = LENGTHS,
 ) -> tuple[ExportedProgram, RewriteReport]:
     """Rewrite the attention of an exported program, as ``torch.compile(backend="nsa")`` would.
 
@@ -50,6 +52,7 @@ def convert(
         program: from ``torch.export.export`` or ``torch.export.load``.
         config: options of the backend; ``inner`` has no part in it.
         name: what the report calls the model; None is the class that was exported.
+        lengths: of the sequences for which the report predicts costs.
 
     Returns:
         The converted program, ``program`` itself if there is nothing to convert, and the report.
@@ -68,7 +71,7 @@ def convert(
     gm = _copy(program)
     values = known_values(program, gm)
     conversion = analyse(gm, config, values=values, checks_blocks=False)
-    rows = [record(decision, "0/0") for decision in conversion.decisions]
+    rows = [record(decision, "0/0", lengths) for decision in conversion.decisions]
     report = RewriteReport.merge(name or root_class(gm), rows)
     if not conversion.changes:
         return program, report

@@ -35,12 +35,14 @@ class RewriteReport:
         sites: one record for each attention site.
         failures: what could not be captured or converted at all, as text.
         bench: what ``nsa-convert --bench`` measured (docs/report.md), else None.
+        verification: what ``nsa-convert --verify`` measured (docs/verify.md), else None.
     """
 
     model: str
     sites: list[SiteRecord] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     bench: dict[str, Any] | None = None
+    verification: dict[str, Any] | None = None
 
     @classmethod
     def merge(
@@ -74,6 +76,7 @@ class RewriteReport:
             "costs": [dataclasses.asdict(row) for row in costs(self.sites)],
             "predicted_break_even": break_even(self.sites),
             "bench": self.bench,
+            "verification": self.verification,
         }
 
     def to_json(self) -> str:

@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from nsa_compile.capture import CapturedGraph
 from nsa_compile.dynamo_text import describe
 from nsa_compile.export.conversion import known_values
 from nsa_compile.targets.inputs import example_inputs
-from nsa_compile.targets.skeleton import build_skeleton
+from nsa_compile.targets.skeleton import made
 from nsa_compile.targets.target import Request, Target, TargetError, ids_for
 
 _NO_PICKLES = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load reads it at every call
@@ -40,7 +41,8 @@ def load_exported(path: Path, request: Request) -> Target:
     except Exception as error:
         todo = "" if request.trust else "; if it holds pickled objects you trust, pass --trust"
         raise TargetError(f"{path} cannot be loaded: {_one_line(error)}{todo}") from error
-    target = Target(path.stem, torch.nn.Module())
+    target = Target(path.stem, torch.nn.Module(), program=program)
+    target.args, target.kwargs = program.example_inputs or ((), {})
     gm = program.graph_module
     target.graphs = [CapturedGraph(gm, known_values(program, gm), "0/0")]
     return target
@@ -58,7 +60,8 @@ def load_pickled(path: Path, request: Request) -> Target:
             "pass --trust"
         )
     try:
-        skeleton = build_skeleton(lambda: torch.load(path, map_location="cpu", weights_only=False))
+        read = partial(torch.load, path, map_location="cpu", weights_only=False)
+        skeleton = made(read, request)
     except Exception as error:
         raise TargetError(f"{path} cannot be unpickled: {_one_line(error)}") from error
     model = skeleton.result

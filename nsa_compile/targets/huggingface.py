@@ -15,6 +15,7 @@ from torch import nn
 
 from nsa_compile.dynamo_text import describe
 from nsa_compile.targets.inputs import example_inputs
+from nsa_compile.targets.pretrained import pretrained
 from nsa_compile.targets.skeleton import build_skeleton
 from nsa_compile.targets.target import (
     Request,
@@ -43,7 +44,10 @@ def load_huggingface(path: Path, request: Request) -> Target:
     transformers = _transformers()
     config = _configuration(transformers, path, content, request.hf_config)
     try:
-        skeleton = build_skeleton(partial(_build, transformers, config, request.attn))
+        if request.weights:
+            skeleton = pretrained(_class(transformers, config), path, config, request.attn)
+        else:
+            skeleton = build_skeleton(partial(_build, transformers, config, request.attn))
     except TargetError:
         raise
     except Exception as error:
@@ -153,16 +157,19 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _build(transformers: Any, config: Any, attn: str | None) -> nn.Module:
-    """The class that ``architectures`` names, else the causal language model of this type.
-
-    ``attn=None`` is SDPA, or the model's own code where transformers has none.
-    """
+def _class(transformers: Any, config: Any) -> Any:
+    """The class that ``architectures`` names, else the causal language model of this type."""
     names = [name for name in getattr(config, "architectures", None) or () if isinstance(name, str)]
     known = getattr(transformers, names[0], None) if names else None
     if known is None:
         causal = transformers.AutoModelForCausalLM
         known = causal if type(config) in causal._model_mapping else transformers.AutoModel
+    return known
+
+
+def _build(transformers: Any, config: Any, attn: str | None) -> nn.Module:
+    """The model without weights; ``attn=None`` is SDPA, or its own code where there is none."""
+    known = _class(transformers, config)
     from_config = getattr(known, "from_config", None) or known._from_config
     try:
         model: nn.Module = from_config(

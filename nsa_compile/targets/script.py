@@ -18,7 +18,7 @@ from torch import nn
 
 from nsa_compile.dynamo_text import describe
 from nsa_compile.targets.inputs import example_inputs
-from nsa_compile.targets.skeleton import build_skeleton
+from nsa_compile.targets.skeleton import made
 from nsa_compile.targets.target import (
     Request,
     Target,
@@ -71,7 +71,7 @@ def _built(builder: Callable[..., Any], where: str, path: Path, request: Request
     """What ``builder`` makes, with its inputs or those of ``--inputs``."""
     arguments = _arguments(builder, where, request)
     try:
-        skeleton = build_skeleton(partial(builder, **arguments))
+        skeleton = made(partial(builder, **arguments), request)
     except (Exception, SystemExit) as error:
         raise TargetError(f"{where} raised {describe(error)}{_line(error, path)}") from error
     model, inputs = _unpack(skeleton.result, where)

@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map_only
 
+from nsa_compile.targets.target import Request
+
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 # Values nobody can know before training, or that cost memory and time for nothing.
 _WITHOUT_VALUE = {
@@ -63,6 +65,11 @@ def build_skeleton(builder: Callable[[], Any]) -> Skeleton:
             "read from such buffers are not proven here, but may be by torch.compile"
         )
     return skeleton
+
+
+def made(builder: Callable[[], Any], request: Request) -> Skeleton:
+    """:func:`build_skeleton`, or what ``builder`` returns as it is where weights are asked for."""
+    return Skeleton(builder()) if request.weights else build_skeleton(builder)
 
 
 def skeleton_of(model: nn.Module) -> Skeleton:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from nsa_compile.capture import CapturedGraph
 
@@ -27,6 +28,7 @@ class Request:
         attn: attention implementation of a Hugging Face model.
         hf_config: values that replace those of a Hugging Face configuration.
         trust: whether a target may be unpickled, which can run any code.
+        weights: build the model for real, with its weights, and not on the meta device.
     """
 
     target: str
@@ -37,16 +39,20 @@ class Request:
     attn: str | None = None
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     trust: bool = False
+    weights: bool = False
 
 
 @dataclass
 class Target:
     """A model and one call of it, all on the meta device; or graphs that were captured before.
 
+    With ``weights`` in the request the model is real, and so are inputs that it came with.
+
     Attributes:
         values: real values of buffers, by the ``id`` of the meta tensor in ``model``.
         notes: what a reader of the report should know about how the model was built.
         graphs: what an exported program holds; then ``model`` is not called.
+        program: that exported program.
     """
 
     name: str
@@ -56,6 +62,7 @@ class Target:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     graphs: list[CapturedGraph] = field(default_factory=list)
+    program: ExportedProgram | None = None
 
 
 def token_ids(batch: int, length: int) -> torch.Tensor:

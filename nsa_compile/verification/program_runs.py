@@ -13,6 +13,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nsa_compile.export.conversion import convert, known_values, root_class
+from nsa_compile.export.file import children
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.pipeline import analyse
 from nsa_compile.verification.run import Comparison, copied
@@ -26,7 +27,7 @@ class ProgramRuns:
     ) -> None:
         self.program, self.name = program, root_class(program.graph_module)
         spec = program.call_spec.in_spec
-        order = [key for key in spec.child(1).context if key in kwargs] if spec else []
+        order = [key for key in children(spec)[1].context if key in kwargs] if spec else []
         rest = [key for key in kwargs if key not in order]
         self.kwargs = {key: kwargs[key] for key in (*order, *rest)}
         self.leaves, given = tree_flatten((args, self.kwargs))

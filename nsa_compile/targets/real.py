@@ -1,0 +1,126 @@
+"""A target for real: its model with weights, inputs with values, sizes that stay symbolic."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from contextlib import redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from nsa_compile.dynamo_text import describe
+from nsa_compile.targets.kinds import load
+from nsa_compile.targets.target import Request, Target, TargetError
+
+
+def load_real(request: Request) -> Target:
+    """The target that ``request`` names, built with its weights.
+
+    Raises:
+        TargetError: as :func:`load` does, or there are no weights.
+    """
+    target = load(replace(request, weights=True))
+    held: Any = target.program.state_dict if target.program is not None else None
+    held = target.model.state_dict() if held is None else held
+    meta = [name for name, tensor in held.items() if tensor.is_meta]
+    if meta:
+        raise TargetError(
+            f"{request.target}: {len(meta)} weights are on the meta device ({meta[0]}, ...) and "
+            "have no values; build the model with its weights"
+        )
+    target.model.train(request.train)
+    return target
+
+
+def has_values(target: Target) -> bool:
+    """Whether the target came with inputs that hold values."""
+    leaves = tree_leaves((target.args, target.kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return bool(tensors) and not any(tensor.is_meta for tensor in tensors)
+
+
+def exported(target: Target) -> ExportedProgram:
+    """``target`` as an exported program: its own, or made by ``torch.export``.
+
+    Sizes that ``--inputs`` names stay symbolic. Only the shapes of inputs matter.
+
+    Raises:
+        TargetError: ``torch.export`` cannot capture the model.
+    """
+    if target.program is not None:
+        return target.program
+    args, kwargs = tree_map_only(Tensor, _like(target.model), (target.args, target.kwargs))
+    try:
+        with redirect_stderr(io.StringIO()):  # where torch prints the graph that it cannot finish
+            return torch.export.export(
+                target.model, args, kwargs, dynamic_shapes=_symbolic(target), strict=False
+            )
+    except Exception as error:
+        raise TargetError(
+            f"torch.export cannot capture {target.name}: {describe(error)[:400]}; export it "
+            "yourself and pass the .pt2 file"
+        ) from error
+
+
+def read_batch(path: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs from a file of ``torch.save``: a tensor, a tuple of arguments or a dict by name.
+
+    Raises:
+        TargetError: no such file, or it holds something else.
+    """
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise TargetError(f"--data {path}: no such file") from None
+    except Exception as error:
+        raise TargetError(
+            f"--data {path}: expected a file of torch.save with tensors: {describe(error)[:200]}"
+        ) from error
+    if isinstance(held, Tensor):
+        return (held,), {}
+    if isinstance(held, dict) and all(isinstance(key, str) for key in held):
+        return (), held
+    if isinstance(held, (tuple, list)):
+        return tuple(held), {}
+    raise TargetError(
+        f"--data {path}: expected a tensor, a tuple of arguments or a dict by name, got "
+        f"{type(held).__name__}"
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _like(model: nn.Module) -> Any:
+    device = device_of(model)
+
+    def real(tensor: Tensor) -> Tensor:
+        return torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor
+
+    return real
+
+
+def _symbolic(target: Target) -> Any:
+    """Which sizes stay symbolic, as ``torch.export`` is told; None is none."""
+    args, kwargs = tree_map(_sizes, (target.args, target.kwargs))
+    if not any(dim is Dim.AUTO for dim in tree_leaves((args, kwargs))):
+        return None
+    if not kwargs:
+        return tuple(args)
+    names = list(inspect.signature(target.model.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _sizes(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    named = getattr(value, "_dynamo_weak_dynamic_indices", ())
+    return {at: Dim.AUTO if at in named else Dim.STATIC for at in range(value.dim())}
