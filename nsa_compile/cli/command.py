@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.verify or arguments.save:
         done = verify_and_save(arguments, request, config)
         report = done.report or report
-        report.verification = done.verification and done.verification.to_dict()
+        report.verification = done.verification.to_dict() if done.verification else None
     if arguments.bench:
         _measure(report, arguments)
     _print(report) if arguments.explain is None else _explain(report, arguments.explain)

@@ -17,12 +17,13 @@ from tests.cli.running import MODELS
 from tests.cli.test_huggingface_targets import LLAMA
 
 FLAGS = ("--seq-len", "--batch", "--inputs", "--option", "--attn", "--hf-config", "--fail-on",
-         "--explain", "--lengths", "--diff", "--completion", "--graph", "--json", "--markdown",
-         "--html")  # fmt: skip
+         "--explain", "--lengths", "--diff", "--completion", "--graph", "--save", "--data",
+         "--tolerance", "--json", "--markdown", "--html")  # fmt: skip
 SWITCHES = (
     "--train",
     "--strict",
     "--bench",
+    "--verify",
     "--trust",
     "--version",
     "--help",
