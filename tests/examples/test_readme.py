@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from nsa_compile.bench.document import load
 from nsa_compile.cli import main
 from nsa_compile.passes.config import NSAConfig
 from tests import golden
@@ -75,6 +76,25 @@ def test_the_command_line_options_are_those_of_the_parser(
     section = README.split("`TARGET` is one of")[1].split("\n## ")[0]
     documented = set(re.findall(r"--[a-z][a-z-]+", section))
     assert documented == set(re.findall(r"--[a-z][a-z-]+", help_text)) - {"--help", "--version"}
+
+
+def speed() -> str:
+    """README's table of ratios, from the files of docs/results."""
+    files = [ROOT / "docs" / "results" / f"{name}.json" for name in ("h100-64k", "h100-128k")]
+    rows = [
+        row for file in files for row in load(file)[2] if (row.q_heads, row.kv_heads) == (32, 8)
+    ]
+    lines = ["| tokens | path | forward | backward |", "| ---: | --- | ---: | ---: |"]
+    for row in rows:
+        assert row.backward_ratio is not None
+        cells = f"{row.length:,}", row.path, f"{row.forward_ratio:.2f}", f"{row.backward_ratio:.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_speed_is_what_was_measured() -> None:
+    (table,) = re.findall(r"^\| tokens \| path \|.*\n(?:\|.*\n)+", README, re.MULTILINE)
+    golden.check_part(ROOT / "README.md", table, speed())
 
 
 def test_the_links_lead_to_files() -> None:

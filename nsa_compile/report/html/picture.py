@@ -16,6 +16,7 @@ from nsa_compile.report.html.markup import Markup, joined, tag
 
 _ROW, _MARGIN, _GAP, _LETTER = 34, 24, 48, 6.9  # pixels
 _STRIP = 10  # layers in a strip
+_NO_PATH = "(no module path)"
 _NAMED, _INSIDE = 34, 4  # letters of a name that are shown, and inside a circle
 
 
@@ -77,7 +78,8 @@ def _graph(model: str, sites: list[SiteRecord]) -> nx.DiGraph:
         depth = graph.nodes[parent]["depth"] + 1
         for start in range(0, len(module.sites), _STRIP):
             strip = module.sites[start : start + _STRIP]
-            graph.add_node(len(graph), depth=depth, name="", sites=strip)
+            name = _NO_PATH if len(strip) == 1 and not sites[strip[0]].module else ""
+            graph.add_node(len(graph), depth=depth, name=name, sites=strip)
             graph.add_edge(parent, len(graph) - 1)
         for node in module.parts.values():
             node, name = _chain(node)
@@ -141,12 +143,12 @@ def _site(index: int, site: SiteRecord, x: int, y: int, name: str = "") -> Marku
     """A circle with the numbers of the site's path inside, or with its name beside it."""
     verdict = site.reason or site.decision
     numbers = re.findall(r"\d+", site.module)
-    numbers += [f"#{site.ordinal + 1}"] if site.ordinal else []
-    inside = ".".join(numbers)
+    call = f"#{site.ordinal + 1}" if site.ordinal else ""
+    inside = ".".join(numbers) + call
     if len(inside) > _INSIDE:  # the title has all of it
-        inside = numbers[-1]
+        inside = call or numbers[-1]
     parts = [
-        tag("title", f"{site.module or '(no module path)'}: {verdict}"),
+        tag("title", f"{site.module or _NO_PATH}: {verdict}"),
         tag("circle", cx=x, cy=y, r=13),
         tag("text", inside, x=x, y=y + 4, class_="number"),
     ]
