@@ -48,27 +48,29 @@ class Rewriter:
 
     def apply(self, decisions: Iterable[Decision]) -> None:
         """Rewrite every converted site, then drop what became unused. Does not recompile."""
+        replaced = [self._replace(decision) for decision in decisions if decision.converted]
         dead: list[fx.Node] = []
-        for decision in decisions:
-            if decision.converted:
-                dead += self._replace(decision)
+        for old, new, inputs in replaced:
+            # A site that reads an earlier site's output was found when that was still the old one.
+            old.replace_all_uses_with(new)
+            dead += inputs
+            self.gm.graph.erase_node(old)
         erase_unused(self.gm.graph, dead)
         self.gm.graph.lint()
 
-    def _replace(self, decision: Decision) -> list[fx.Node]:
-        """Replace one site; returns the inputs that the old attention no longer uses."""
+    def _replace(self, decision: Decision) -> tuple[fx.Node, fx.Node, list[fx.Node]]:
+        """Replace one site; returns its old and new output and what the old attention read."""
         site = decision.site
         with self.gm.graph.inserting_before(site.output):
             out, lse = self._subgraph(decision)
         out.meta["example_value"] = dialect.value(site.output)
         site.output.replace_all_uses_with(out)
         inputs: list[fx.Node] = site.output.all_input_nodes
-        self.gm.graph.erase_node(site.output)
         if site.lse is not None and lse is not None:
             site.lse.replace_all_uses_with(lse)
             _move_behind(lse, site.lse)
             inputs.append(site.lse)
-        return inputs
+        return site.output, out, inputs
 
     def _subgraph(self, decision: Decision) -> tuple[fx.Node, fx.Node | None]:
         """The nodes that replace the site's output and its log-sum-exp."""

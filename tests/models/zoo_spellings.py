@@ -20,6 +20,16 @@ class SdpaCausal(Attention):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+@specimen("causal", "causal", "causal")
+class Chained(Attention):
+    """What an attention gives is the query, then the keys and values of the next one."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        k = v = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 @specimen("causal")
 class TrilBuffer(Attention):
     """As in small GPTs: product, scale, -inf where the buffer is zero."""
