@@ -45,21 +45,23 @@ class Rewriter:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self._visibility = Visibility()
+        self._outputs: list[tuple[fx.Node, fx.Node]] = []
 
     def apply(self, decisions: Iterable[Decision]) -> None:
         """Rewrite every converted site, then drop what became unused. Does not recompile."""
-        replaced = [self._replace(decision) for decision in decisions if decision.converted]
         dead: list[fx.Node] = []
-        for old, new, inputs in replaced:
+        for decision in decisions:
+            if decision.converted:
+                dead += self._replace(decision)
+        for old, new in self._outputs:
             # A site that reads an earlier site's output was found when that was still the old one.
             old.replace_all_uses_with(new)
-            dead += inputs
             self.gm.graph.erase_node(old)
         erase_unused(self.gm.graph, dead)
         self.gm.graph.lint()
 
-    def _replace(self, decision: Decision) -> tuple[fx.Node, fx.Node, list[fx.Node]]:
-        """Replace one site; returns its old and new output and what the old attention read."""
+    def _replace(self, decision: Decision) -> list[fx.Node]:
+        """Replace one site; returns the inputs that the old attention no longer uses."""
         site = decision.site
         with self.gm.graph.inserting_before(site.output):
             out, lse = self._subgraph(decision)
@@ -70,7 +72,8 @@ class Rewriter:
             site.lse.replace_all_uses_with(lse)
             _move_behind(lse, site.lse)
             inputs.append(site.lse)
-        return site.output, out, inputs
+        self._outputs.append((site.output, out))
+        return inputs
 
     def _subgraph(self, decision: Decision) -> tuple[fx.Node, fx.Node | None]:
         """The nodes that replace the site's output and its log-sum-exp."""
