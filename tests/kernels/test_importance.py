@@ -111,7 +111,7 @@ def test_small_blocks_by_channels(block: int) -> None:
 
 
 FEW = Case(
-    heads=4, kv_heads=2, q_len=13, kv_len=60, offset=47, query_tile=1, block=4, count=5,
+    heads=2, kv_heads=1, q_len=7, kv_len=60, offset=53, query_tile=1, block=4, count=5,
     local_window=5, scale=0.8,
 )  # fmt: skip
 CASES = {
@@ -120,7 +120,7 @@ CASES = {
     "block 2": FEW._replace(block=2, local_window=3),
     "block 2, stride 8": FEW._replace(block=2, local_window=3, compress_stride=8),
     "block 2, tile 16, padding": FEW._replace(
-        block=2, local_window=1, query_tile=16, count=14, padded=True, batch=2
+        block=2, local_window=1, query_tile=16, q_len=13, count=14, padded=True, batch=2
     ),
     "block 4, not causal": FEW._replace(causal=False, offset=0, padded=True),
     "block 4, not causal, window": FEW._replace(causal=False, offset=20, window=20),
