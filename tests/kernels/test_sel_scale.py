@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nsa_compile import functional
 from nsa_compile.kernels.compressed import reference as compressed
+from nsa_compile.kernels.compressed.site import Site as CompressedSite
 from nsa_compile.kernels.importance import gradient
 from nsa_compile.kernels.importance import reference as importance
 from nsa_compile.kernels.scaled import reference as scaled
@@ -235,3 +238,32 @@ def test_scale_gradient_in_triton(name: str, interpreted) -> None:
 def test_scale_gradient_in_half_precision(interpreted) -> None:
     case = CASES["tile 32, group of four, padding"]
     interpreted(triton_cases.scale_gradient, case, torch.float16)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = (x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
+        self.elements = max(self.elements, *made, 0)
+        return out
+
+
+def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gradient._GATHERED, "cpu", 1 << 12)
+    largest = []
+    for length in (512, 2048):
+        q, k_cmp = torch.randn(1, 2, length, 8), torch.randn(1, 1, length // 4 - 1, 8)
+        blocks = torch.randint(0, length // 8, (1, 1, length, 4), dtype=torch.int32)
+        site = CompressedSite(None, None, 0.3, True, 0, 8, 4, length)
+        choice = gradient.Choice(1, 8, 0, 1, "overlap")
+        given = (torch.ones(blocks.shape), q, k_cmp, torch.zeros(1, 2, length), blocks)
+        with Largest() as seen:
+            gradient.backward(*given, site, choice)
+        largest.append(seen.elements)
+    assert largest[1] == 4 * largest[0] == 2048 * 2 * 8  # queries and their gradient
