@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING, Any
 
+from nsa_compile.report import verified
 from nsa_compile.report.costs import METRICS, costs, prediction
 from nsa_compile.report.measured import MeasuredAt, headings, sentence
 from nsa_compile.report.rows import Row, rows
@@ -39,6 +40,8 @@ def markdown(report: RewriteReport) -> str:
         lines += ["", prediction(report.sites), ""]
     if report.bench is not None:
         lines += _bench(report, report.bench)
+    if report.verification is not None:
+        lines += _verified(report.verification)
     if report.failures:
         lines += [f"- **failure**: {_escape(failure)}" for failure in report.failures] + [""]
     return "\n".join(lines)
@@ -55,6 +58,16 @@ def _bench(report: RewriteReport, bench: dict[str, Any]) -> list[str]:
     lines += [sentence(bench, len(report.sites)), ""]
     lines += [f"- not measured: {_escape(text)}" for text in bench["left_out"]]
     return lines + [""] * bool(bench["left_out"])
+
+
+def _verified(found: dict[str, Any]) -> list[str]:
+    """How far the converted model is from the dense one."""
+    lines = [_line(verified.HEADINGS), _line(["---"] * len(verified.HEADINGS))]
+    for layer in found["layers"]:
+        name, *numbers = verified.cells(layer)
+        lines.append(_line([f"`{name}`", *numbers]))
+    lines = lines if found["layers"] else []
+    return [*lines, "", *(f"- {_escape(text)}" for text in verified.sentences(found)), ""]
 
 
 def _cells(row: Row) -> list[str]:

@@ -24,3 +24,15 @@ def interval(before: float, after: float) -> str:
     """``"412 -> 121 ms"``."""
     first, last = milliseconds(before), milliseconds(after)
     return f"{first.split()[0] if first.split()[1] == last.split()[1] else first} -> {last}"
+
+
+def number(value: float | None) -> str:
+    """``"0.17"``; nothing for None."""
+    return "" if value is None else f"{value:.2g}"
+
+
+def share(value: float | None) -> str:
+    """``99.95%``; 100% only where nothing is left out, nothing for None."""
+    if value is None:
+        return ""
+    return "100%" if value >= 1 - 1e-6 else f"{min(value * 100, 99.99):.2f}%"

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nsa_compile.report.table import as_text
+from nsa_compile.report.units import number, share
 
 if TYPE_CHECKING:
     from nsa_compile.verification.report import EndToEnd, LayerCheck, Suggestion, VerifyReport
@@ -29,7 +30,7 @@ def table(report: VerifyReport) -> RenderableType:
     parts += [Text(line) for line in _output(report.end_to_end)]
     beyond = report.first_beyond
     if beyond is not None:
-        where = f"{_name(beyond)} (error {_number(beyond.relative_error)})"
+        where = f"{_name(beyond)} (error {number(beyond.relative_error)})"
         parts.append(Text(f"first layer beyond {report.threshold:g}: {where}", "yellow"))
     if report.suggestion is not None:
         parts += [Text(line) for line in _suggestion(report.suggestion)]
@@ -54,7 +55,7 @@ def _verdict(report: VerifyReport) -> str:
         return f"{layers} converted {noun} run dense at this length (dense_len)"
     if report.equal:
         return f"{layers} converted {noun} equal the dense model, but for rounding"
-    error = _number(report.end_to_end.relative_error)
+    error = number(report.end_to_end.relative_error)
     return f"{layers} converted {noun}, relative error of the output {error}"
 
 
@@ -84,9 +85,9 @@ def _cells(layer: LayerCheck, threshold: float) -> list[Text]:
         said, tone = ("beyond", "red") if far else ("close", "green")
     return [
         Text(_name(layer)),
-        Text(_share(layer.coverage)),
-        Text(_share(layer.coverage_worst)),
-        Text(_number(error)),
+        Text(share(layer.coverage)),
+        Text(share(layer.coverage_worst)),
+        Text(number(error)),
         Text("" if layer.cosine is None else f"{layer.cosine:.4f}"),
         Text(said, tone),
     ]
@@ -95,13 +96,13 @@ def _cells(layer: LayerCheck, threshold: float) -> list[Text]:
 def _output(found: EndToEnd) -> list[str]:
     shape = " x ".join(map(str, found.shape))
     lines = [
-        f"output [{shape}]: relative error {_number(found.relative_error)}, largest difference "
-        f"{_number(found.max_error)}, cosine {found.cosine:.4f}"
+        f"output [{shape}]: relative error {number(found.relative_error)}, largest difference "
+        f"{number(found.max_error)}, cosine {found.cosine:.4f}"
     ]
     if found.kl is not None:
         lines.append(
-            f"{found.tokens} tokens: KL {_number(found.kl)} nats, same top token "
-            f"{_share(found.top1_agreement)}"
+            f"{found.tokens} tokens: KL {number(found.kl)} nats, same top token "
+            f"{share(found.top1_agreement)}"
         )
     if found.perplexity_dense is not None and found.perplexity_converted is not None:
         lines.append(
@@ -112,7 +113,7 @@ def _output(found: EndToEnd) -> list[str]:
 
 
 def _suggestion(found: Suggestion) -> list[str]:
-    error = _number(found.relative_error)
+    error = number(found.relative_error)
     if not found.met:
         return [
             f"no choice of layers stays within {found.tolerance:g}: error {error} with "
@@ -131,14 +132,3 @@ def _suggestion(found: Suggestion) -> list[str]:
 def _name(layer: LayerCheck) -> str:
     path = layer.module or "(no module path)"
     return f"{path} #{layer.ordinal + 1}" if layer.ordinal else path
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"
-
-
-def _share(value: float | None) -> str:
-    """``99.95%``; 100% only where nothing is left out."""
-    if value is None:
-        return ""
-    return "100%" if value >= 1 - 1e-6 else f"{min(value * 100, 99.99):.2f}%"

@@ -15,6 +15,7 @@ from nsa_compile.passes.record import record
 from nsa_compile.passes.site import AttentionSite, Mask, SiteRecord
 from nsa_compile.report import RewriteReport
 from nsa_compile.report.measured import totals
+from nsa_compile.verification.report import EndToEnd, LayerCheck, Suggestion, VerifyReport
 
 
 def make_record(module: str = "layers.0.attn", **changes: object) -> SiteRecord:
@@ -94,7 +95,7 @@ def sample_with_evidence() -> RewriteReport:
 
 
 def sample_measured() -> RewriteReport:
-    """As if --bench had been given, on a device where sparse attention pays from 16k on."""
+    """As if --bench and --verify had been given; sparse attention pays from 15k tokens on."""
     report = sample_with_evidence()
     for site in report.sites:
         if site.q_len == site.kv_len:
@@ -107,7 +108,24 @@ def sample_measured() -> RewriteReport:
         "break_even": 15000, "break_even_measured": True,
         "left_out": ["decoder.layers.0.cross_attn: its queries and keys are not equally many"],
     }  # fmt: skip
+    report.verification = _verified(report.sites).to_dict()
     return report
+
+
+def _verified(sites: list[SiteRecord]) -> VerifyReport:
+    names = ("module", "ordinal", "decision", "reason", "reason_text", "mask", "q_len", "kv_len")
+    layers = []
+    for at, site in enumerate(sites):
+        found = {name: getattr(site, name) for name in names}
+        if site.decision == "converted":
+            found |= {"relative_error": 0.01 * at, "cosine": 1 - 0.001 * at, "max_error": 0.5}
+            found |= {"coverage": 1 - 0.01 * at, "coverage_worst": 0.5, "equal": at == 0}
+        layers.append(LayerCheck(**found))
+    output = EndToEnd((1, 32768, 100), 0.04, 0.75, 0.9991, 0.002, 0.98, 32768, 9.1, 9.2, False)
+    suggestion = Suggestion(
+        0.03, True, ("decoder.*",), {"exclude": ["decoder.*"]}, 0.02, converted=2, runs=3
+    )
+    return VerifyReport("Model", "cpu", layers, output, 0.03, suggestion, ["a <failure>"])
 
 
 def _measured(length: int, converted: bool) -> dict[str, Any]:

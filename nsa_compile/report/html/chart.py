@@ -68,6 +68,12 @@ def chart(curves: Curves) -> Markup:
     return tag("figure", tag("figcaption", curves.title), drawn)
 
 
+def legend(sparse: str) -> Markup:
+    """What the colours of the curves mean."""
+    keys = (("dense", "key dense"), (sparse, "key sparse"))
+    return tag("p", *(tag("span", name, class_=key) for name, key in keys))
+
+
 class _Axes:
     """Places of lengths and values in the chart."""
 

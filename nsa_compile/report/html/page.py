@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from nsa_compile.report.costs import METRICS, CostAt, break_even, costs, prediction
-from nsa_compile.report.html.chart import Curves, chart
+from nsa_compile.report.html.chart import Curves, chart, legend
 from nsa_compile.report.html.detail import detail
 from nsa_compile.report.html.markup import Markup, joined, table, tag
+from nsa_compile.report.html.measured import bench, verified
 from nsa_compile.report.html.picture import picture
-from nsa_compile.report.measured import MeasuredAt, headings, sentence
 from nsa_compile.report.rows import Row, rows
 from nsa_compile.report.summary import dense_at_this_length, kept_groups, summary
-from nsa_compile.report.units import amount, milliseconds
+from nsa_compile.report.units import amount
 
 if TYPE_CHECKING:
     from nsa_compile.report.rewrite_report import RewriteReport
@@ -55,8 +55,7 @@ def _body(report: RewriteReport) -> list[Markup]:
         parts.append(tag("p", f"Note: {note}."))
     if report.sites:
         parts += [*_reasons(report), *_layers(report), *_costs(report)]
-    if report.bench is not None:
-        parts += _bench(report, report.bench)
+    parts += [*bench(report), *verified(report)]
     if report.sites:
         details = (detail(index, site) for index, site in enumerate(report.sites))
         parts += [tag("h2", "Layer by layer"), tag("div", joined(*details), id="layers")]
@@ -135,32 +134,7 @@ def _charts(report: RewriteReport, found: list[CostAt]) -> list[Markup]:
             for row in found
         ]
         drawn.append(chart(Curves(title, points, amount, length, "predicted break-even")))
-    return [_legend("converted"), tag("div", *drawn, class_="charts")]
-
-
-def _bench(report: RewriteReport, bench: dict[str, Any]) -> list[Markup]:
-    """The times measured on this device, and what was not measured."""
-    found = [MeasuredAt(**row) for row in bench["rows"]]
-    parts = [tag("h2", "Measured"), tag("p", sentence(bench, len(report.sites)))]
-    if len(found) > 1:
-        points = [(row.length, row.dense_forward_ms, row.sparse_forward_ms) for row in found]
-        marked = bench["break_even"] if bench["break_even_measured"] else None
-        title = "forward, measured"
-        drawn = chart(Curves(title, points, milliseconds, marked, "measured break-even"))
-        parts += [_legend("sparse"), tag("div", drawn, class_="charts")]
-    if found:
-        cells = [row.texts() for row in found]
-        parts.append(tag("div", table(headings(found), cells), class_="wide numbers"))
-    if bench["left_out"]:
-        items = (tag("li", f"not measured: {text}") for text in bench["left_out"])
-        parts.append(tag("ul", *items))
-    return parts
-
-
-def _legend(sparse: str) -> Markup:
-    """What the colours of the curves mean."""
-    keys = (("dense", "key dense"), (sparse, "key sparse"))
-    return tag("p", *(tag("span", name, class_=key) for name, key in keys))
+    return [legend("converted"), tag("div", *drawn, class_="charts")]
 
 
 def _file(name: str) -> str:
