@@ -282,7 +282,7 @@ def backward(
              "DV": value_dim, "DP": padded_dim(dim), "DVP": padded_dim(value_dim),
              "CAUSAL": site.causal, "PADDED": holds is not None,
              "RANGED": spans is not None, "NEGATIVE": site.scale < 0}  # fmt: skip
-    # Log-sum-exps in base 2 and delta of the rows of all heads, each head's on an even address.
+    # Log-sum-exps in base 2 and delta for the rows of all heads, padded to start on 16 bytes.
     heads, q_len = q.shape[0] * q.shape[1], q.shape[2]
     sums = q.new_empty(2, heads, triton.cdiv(q_len, 4) * 4, dtype=torch.float32)[..., :q_len]
     lse = lse.contiguous()
