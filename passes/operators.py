@@ -8,7 +8,7 @@ torch.compile traces through. ``torch.export`` has operators (``torch.ops``) wit
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from nsa_compile.passes import dialect
+from nsa_compile.passes.masks.mutation import base
 
 # Makes a tensor an input of the graph, and returns that.
 Constant = Callable[[torch.Tensor], fx.Node]
@@ -51,11 +52,23 @@ def to_operators(gm: fx.GraphModule, constant: Constant) -> None:
     """
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
+            given = {node for node in module.graph.nodes if "example_value" not in node.meta}
             for node in list(module.graph.nodes):
                 if "example_value" in node.meta and not node._erased:
                     _spell_out(module, node, constant if module is gm else None)
+            _relax_views(module.graph, given)
             module.graph.lint()
             module.recompile()
+
+
+def _relax_views(graph: fx.Graph, given: Collection[fx.Node]) -> None:
+    """Let a view of what was added copy where it must: dense attention may have other strides.
+
+    Export leaves out a ``contiguous`` that had nothing to do, and a view then counts on it.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        if base(node) not in given:
+            node.target = torch.ops.aten.reshape.default
 
 
 def _spell_out(module: fx.GraphModule, node: fx.Node, constant: Constant | None) -> None:

@@ -15,7 +15,12 @@ from nsa_compile.verification.coverage import coverage
 # Rows of logits looked at in one go: a vocabulary is wide.
 _ROWS = 1024
 # Up to this relative error two results are the same but for rounding.
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def rounding(*dtypes: torch.dtype) -> float:
+    """The relative error that rounding to the coarsest of ``dtypes`` explains."""
+    return max((_ROUNDING.get(dtype, 0.0) for dtype in dtypes), default=0.0)
 
 
 @dataclass

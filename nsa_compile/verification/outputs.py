@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from nsa_compile.verification.measures import ROUNDING, Distance, perplexity, predictions
+from nsa_compile.verification.measures import Distance, perplexity, predictions, rounding
 from nsa_compile.verification.report import EndToEnd
 
 # Errors of single layers add up along a model.
@@ -21,12 +21,17 @@ class NoOutput(ValueError):
 
 
 def end_to_end(
-    dense: Any, converted: Any, labels: Tensor | None, inputs: Mapping[str, Any]
+    dense: Any,
+    converted: Any,
+    labels: Tensor | None,
+    inputs: Mapping[str, Any],
+    dtypes: Iterable[torch.dtype] = (),
 ) -> EndToEnd:
     """How far the outputs are apart.
 
     ``logits`` are compared where the output has them, else its first floating tensor. Positions
-    that an ``attention_mask`` [B, T] among ``inputs`` hides do not count.
+    that an ``attention_mask`` [B, T] among ``inputs`` hides do not count. ``dtypes`` are those of
+    the layers: in mixed precision they are coarser than the output.
 
     Raises:
         NoOutput: no floating tensor in the output, or labels that do not fit it.
@@ -57,7 +62,7 @@ def end_to_end(
         tokens=said.tokens if said else None,
         perplexity_dense=None if labels is None else perplexity(a, labels),
         perplexity_converted=None if labels is None else perplexity(b, labels),
-        equal=distance.relative <= _GROWTH * ROUNDING.get(a.dtype, 0.0),
+        equal=distance.relative <= _GROWTH * rounding(a.dtype, *dtypes),
     )
 
 

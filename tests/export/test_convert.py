@@ -177,6 +177,28 @@ def test_padding_numbers_are_checked() -> None:
         converted.module()(x, 2 * keep)
 
 
+def test_a_view_that_counts_on_the_strides_of_dense_attention() -> None:
+    """As nn.MultiheadAttention has it, whose first dimension is time."""
+
+    class TimeFirst(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = x.view(96, 2, 4, 8).permute(1, 2, 0, 3)
+            y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+            return y.permute(2, 0, 1, 3).contiguous().view(192, 32)
+
+    x = torch.randn(96, 2, 32)
+    program = export(TimeFirst(), x)
+    graph = program.graph_module
+    for node in list(graph.graph.nodes):  # some versions of torch leave it out when they export
+        if "contiguous" in str(node.target) or "clone" in str(node.target):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    converted, report = nsa_compile.convert(program, FULL_BUDGET)
+    assert not report.skipped
+    torch.testing.assert_close(converted.module()(x), program.module()(x), rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_are_those_of_the_compiled_model() -> None:
     model = build("tril_gpt")
     converted, _ = nsa_compile.convert(export(model, token_ids(96)), SPARSE)

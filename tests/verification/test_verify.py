@@ -11,6 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import nsa_compile
+from tests.models import (  # noqa: F401  importing a file of the zoo fills it
+    zoo,
+    zoo_masks,
+    zoo_modifiers,
+    zoo_modules,
+    zoo_traps,
+)
 from tests.models.architectures import build, run
 from tests.models.equality import FULL_BUDGET, padding_for, token_ids
 
@@ -81,6 +88,23 @@ def test_at_full_budget_it_is_equal(name: str, side: str) -> None:
     assert report.first_beyond is None
     assert report.end_to_end.top1_agreement == 1.0
     assert "2 converted layers equal the dense model, but for rounding" in str(report)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MultiheadPadding", "FlexSoftcap", "EncoderFused", "CheckpointedMask",
+        "PackedDocuments", "Autocast", "SinkFromLogSumExp", "AlibiFromKeys",
+    ],
+)  # fmt: skip
+def test_at_full_budget_every_form_is_equal(name: str) -> None:
+    model, inputs = zoo.build(name)
+    report = nsa_compile.verify(model.eval(), *inputs(50), config=FULL_BUDGET)
+    assert report.equal, str(report)
+    assert report.converted
+    for layer in report.converted:
+        assert layer.coverage == pytest.approx(1.0, abs=1e-5)
+        assert layer.equal
 
 
 def test_the_numbers_are_those_of_running_both() -> None:
