@@ -60,7 +60,7 @@ def convert(
     Raises:
         NSAConfigError: unknown or impossible options.
         ConvertError: the rewrite failed: a ``selector`` function may read values, which no program
-            can hold.
+            can hold; or a prepared model was exported in another process, and not converted there.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(
@@ -70,7 +70,10 @@ def convert(
     config = NSAConfig.from_options(config)
     gm = _copy(program)
     values = known_values(program, gm)
-    conversion = analyse(gm, config, values=values, checks_blocks=False)
+    try:
+        conversion = analyse(gm, config, values=values, checks_blocks=False)
+    except LookupError as error:  # a prepared model, exported in another process
+        raise ConvertError(str(error.args[0])) from error
     rows = [record(decision, "0/0", lengths) for decision in conversion.decisions]
     report = RewriteReport.merge(name or root_class(gm), rows)
     if not conversion.changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from nsa_compile.passes.comparing import Comparer
 from nsa_compile.passes.config import NSAConfig
@@ -86,8 +87,12 @@ def _sharing(conversion: Conversion) -> Iterable[list[tuple[str, int]]]:
 
 
 def copied(inputs: Any) -> Any:
-    """``inputs`` with tensors of their own: a forward may write to them."""
-    return tree_map_only(Tensor, lambda tensor: tensor.clone(), inputs)
+    """``inputs`` with tensors and objects (caches) of their own: a forward may write to them."""
+    return tree_map(_copy, inputs)
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
 
 @contextmanager

@@ -196,6 +196,18 @@ def test_every_layer_is_measured_however_it_is_called(kind: str) -> None:
         assert [layer.module for layer in report.layers] == [f"layers.{i}" for i in range(3)]
 
 
+def test_a_cache_is_the_same_for_every_run() -> None:
+    """Prefill in two pieces: the second one sees what the first one left, once."""
+    transformers = pytest.importorskip("transformers")
+    model, cache = build("llama"), transformers.DynamicCache()
+    with torch.no_grad():
+        model(token_ids(200), past_key_values=cache)
+    report = nsa_compile.verify(model, token_ids(60), past_key_values=cache, config=FULL_BUDGET)
+    assert report.equal, str(report)
+    assert {(layer.q_len, layer.kv_len) for layer in report.converted} == {(60, 260)}
+    assert cache.get_seq_length() == 200
+
+
 def test_it_leaves_no_trace() -> None:
     model, x = Stack().train(), torch.randn(1, 100, 32)
     model.layers[1].eval()
