@@ -10,6 +10,7 @@ if (_root / "passes" / "config.py").is_file() and (_root / "pyproject.toml").is_
     __path__.append(str(_root))
 
 from nsa_compile.backend import StrictError, nsa  # noqa: E402
+from nsa_compile.buckets import convert_before_the_cut  # noqa: E402
 from nsa_compile.compilations import report  # noqa: E402
 from nsa_compile.explain import explain  # noqa: E402
 from nsa_compile.export import ConvertError, convert  # noqa: E402
@@ -41,7 +42,7 @@ __all__ = [
 
 
 def _register() -> None:
-    """Make ``backend="nsa"`` known where the package's entry point is not installed."""
+    """Make ``backend="nsa"`` known where its entry point is not installed; give it whole graphs."""
     from importlib.metadata import entry_points
 
     from torch._dynamo.backends import registry
@@ -51,6 +52,7 @@ def _register() -> None:
         and "nsa" not in registry._BACKENDS
     ):
         registry.register_backend(nsa)
+    convert_before_the_cut(nsa)
 
 
 _register()

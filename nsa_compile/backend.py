@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import nsa_compile.kernels.library  # noqa: F401  registers torch.ops.nsa
 from nsa_compile import compilations
+from nsa_compile.buckets import compile_parts
 from nsa_compile.capture import traced_module
 from nsa_compile.compilations import CompiledGraph
 from nsa_compile.guards import (
@@ -98,15 +99,19 @@ def _inner(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: NSAConfig, mode: str | None
 ) -> Compiled:
     """Compile ``gm`` with the compiler the user chose."""
-    if config.inner != "inductor":
-        compiled: Compiled = lookup_backend(config.inner)(gm, list(example_inputs))
-        return compiled
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
 
-    patches = list_mode_options(mode) if mode else None
-    compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
-    return compiled
+    def compile_part(part: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        if config.inner != "inductor":
+            compiled: Compiled = lookup_backend(config.inner)(part, list(inputs))
+            return compiled
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = list_mode_options(mode) if mode else None
+        compiled = compile_fx(part, list(inputs), config_patches=patches)
+        return compiled
+
+    return compile_parts(gm, example_inputs, compile_part)
 
 
 def _untouched(

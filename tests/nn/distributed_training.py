@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import nsa_compile
+from nsa_compile import backend
 
 PROCESSES = 2
 STEPS = 3
@@ -116,6 +118,13 @@ def ddp_blocks(model: nn.Module) -> Any:
     return DistributedDataParallel(model)
 
 
+def ddp_cut(model: nn.Module) -> Any:
+    """Buckets so small that every layer is cut in two or more."""
+    wrapped = DistributedDataParallel(model)
+    wrapped.bucket_bytes_cap = torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000
+    return torch.compile(wrapped, **COMPILED)
+
+
 def fsdp_blocks(model: nn.Module) -> Any:
     mesh = init_device_mesh("cpu", (PROCESSES,))
     for block in model.blocks:
@@ -132,7 +141,8 @@ def fsdp_whole(model: nn.Module) -> Any:
 
 
 WRAPPINGS: dict[str, Callable[[nn.Module], Any]] = {
-    each.__name__: each for each in (alone, ddp, ddp_inside, ddp_blocks, fsdp_blocks, fsdp_whole)
+    each.__name__: each
+    for each in (alone, ddp, ddp_inside, ddp_blocks, ddp_cut, fsdp_blocks, fsdp_whole)
 }
 
 
@@ -142,13 +152,14 @@ def result(wrapping: str, rank: int) -> dict[str, Any]:
     model = made()
     fast = WRAPPINGS[wrapping](model)
     part = slice(None) if wrapping == "alone" else slice(2 * rank, 2 * rank + 2)
-    losses = train(model, fast, part)
+    with mock.patch.object(backend, "lookup_backend", wraps=backend.lookup_backend) as compiles:
+        losses = train(model, fast, part)
     state = {
         name: getattr(x, "full_tensor", lambda x=x: x)().detach()
         for name, x in model.named_parameters()
     }
     rows = [(row.module, row.reason_text) for row in nsa_compile.report(fast).sites]
-    return {"losses": losses, "state": state, "rows": rows}
+    return {"losses": losses, "state": state, "rows": rows, "graphs": compiles.call_count}
 
 
 def process(rank: int, folder: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 ROOT = Path(__file__).parents[2]
-WRAPPINGS = ("ddp", "ddp_inside", "ddp_blocks", "fsdp_blocks", "fsdp_whole")
+WRAPPINGS = ("ddp", "ddp_inside", "ddp_blocks", "ddp_cut", "fsdp_blocks", "fsdp_whole")
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
@@ -54,3 +54,8 @@ def test_every_layer_is_reported(folder: Path, wrapping: str) -> None:
     # Blocks that are built alike and are graphs of their own share code and a row.
     shared = wrapping in ("ddp_blocks", "fsdp_blocks", "fsdp_whole")
     assert paths == {f"blocks.{i}.attention" for i in range(1 if shared else 2)}, rows
+
+
+def test_buckets_are_cut_from_the_converted_graph(folder: Path) -> None:
+    assert read(folder, "ddp", 0)["graphs"] == 1
+    assert read(folder, "ddp_cut", 0)["graphs"] > 4
