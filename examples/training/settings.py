@@ -1,0 +1,77 @@
+"""Sizes of a training run: what the presets choose and the command line may change."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. Lengths are bytes, which are the model's tokens.
+
+    Args:
+        context, batch: length and number of the sequences in a step.
+        steps: optimizer steps of the variants that begin untrained.
+        tune_steps: those of the variants that begin with the dense model's weights.
+        width, layers, q_heads, kv_heads, head_dim: the model.
+        learning_rate: peak of the cosine schedule; ``tune_rate`` that of the tuned variants.
+        answer_weight: loss weight of a byte that answers a planted question; other bytes have 1.
+        pairs, questions: planted pairs in a sequence, and how many of them are asked for.
+        eval_batches: held-out batches of plain text, and as many planted ones.
+        nsa: options of ``nsa_compile.prepare``.
+        converted: options of the backend for the conversion without training.
+        seed: of weights and data; the data of a step depends on it and the step alone.
+    """
+
+    context: int
+    batch: int
+    steps: int
+    tune_steps: int
+    width: int
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    learning_rate: float
+    tune_rate: float
+    answer_weight: float
+    pairs: int
+    questions: int
+    eval_batches: int
+    nsa: dict[str, Any]
+    converted: dict[str, Any]
+    seed: int = 0
+
+    def replace(self, **changes: Any) -> Settings:
+        """With the fields that are not None replaced."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(self, **given)
+
+
+# dense_len=0: without it the backend would compute 8,192 keys and fewer densely.
+PRESETS = {
+    "cpu": Settings(
+        context=512, batch=4, steps=300, tune_steps=60, width=128, layers=3, q_heads=4, kv_heads=2,
+        head_dim=32, learning_rate=3e-3, tune_rate=1e-3, answer_weight=4.0, pairs=8, questions=6,
+        eval_batches=8,
+        nsa={"merge": "gate", "dense_len": 0, "compress_block": 16, "compress_stride": 8,
+             "select_block": 16, "num_selected": 8, "window": 64},
+        converted={"dense_len": 0, "select_block": 32, "num_selected": 8, "window": 64},
+    ),
+    "8k": Settings(
+        context=8192, batch=4, steps=1500, tune_steps=300, width=512, layers=8, q_heads=8,
+        kv_heads=2, head_dim=64, learning_rate=1.5e-3, tune_rate=5e-4, answer_weight=4.0, pairs=64,
+        questions=32, eval_batches=16,
+        nsa={"merge": "gate", "dense_len": 0},
+        converted={"dense_len": 0},
+    ),
+    "32k": Settings(
+        context=32768, batch=1, steps=1000, tune_steps=200, width=768, layers=6, q_heads=16,
+        kv_heads=4, head_dim=128, learning_rate=1.5e-3, tune_rate=5e-4, answer_weight=4.0,
+        pairs=256, questions=128, eval_batches=16,
+        nsa={"merge": "gate", "dense_len": 0},
+        converted={},
+    ),
+}  # fmt: skip
