@@ -53,7 +53,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("eval-batches", "held-out batches"), ("seed", "of weights and data"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, help=text)
-    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--learning-rate", type=float, help="peak, of the variants from scratch")
+    parser.add_argument("--answer-weight", type=float, help="of an answer's bytes in the loss")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.variants.split(",") if name not in VARIANTS]
     if unknown:
@@ -63,7 +64,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     preset = arguments.preset or ("8k" if arguments.device == "cuda" else "cpu")
-    names = ("steps", "tune_steps", "context", "batch", "eval_batches", "seed", "learning_rate")
+    names = (
+        "steps", "tune_steps", "context", "batch", "eval_batches", "seed", "learning_rate",
+        "answer_weight",
+    )  # fmt: skip
     return PRESETS[preset].replace(**{name: getattr(arguments, name) for name in names})
 
 
@@ -114,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             found[name] = run(VARIANTS[name], corpus, arguments, bar)
             # After each: what is measured is kept, whatever happens to the next.
             results.write(
-                results.document(settings, arguments.device, command, found),
+                results.document(corpus, command, found),
                 arguments.out / "results.json",
             )
     for shown in (

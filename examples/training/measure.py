@@ -8,6 +8,8 @@ import time
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from training.loop import autocast, losses_of, one_step, optimizer_of
 from training.text import LETTERS, Corpus
@@ -86,8 +88,6 @@ def without_branches(made: Made, corpus: Corpus) -> dict[str, dict[str, float]]:
 
 def breakdown(made: Made, corpus: Corpus) -> dict[str, float]:
     """Device milliseconds of one training step by operator: attention's, products, the rest."""
-    from torch.profiler import ProfilerActivity, profile
-
     settings, device = corpus.settings, corpus.device
     optimizer, batch = optimizer_of(made, device, 0.0), corpus.training(0)
     one_step(made, optimizer, batch, settings, device)
@@ -97,9 +97,10 @@ def breakdown(made: Made, corpus: Corpus) -> dict[str, float]:
     spent: dict[str, float] = {}
     total = 0.0
     for event in seen.key_averages():
-        total += event.self_device_time_total / 1e3
         name = _kind(event.key)
-        if name is not None:
+        if event.device_type is DeviceType.CUDA:  # a kernel; operators hold those they launch
+            total += event.self_device_time_total / 1e3
+        elif name is not None:
             spent[name] = spent.get(name, 0.0) + event.device_time_total / 1e3
     spent["everything else"] = total - sum(spent.values())
     made.weights.zero_grad(set_to_none=True)

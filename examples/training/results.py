@@ -15,17 +15,18 @@ from rich.table import Table
 
 from training.measure import BRANCHES
 from training.settings import Settings
+from training.text import Corpus
 from training.variants import VARIANTS
 
 
-def document(
-    settings: Settings, device: str, command: str, found: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def document(corpus: Corpus, command: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The run as JSON has it; times in milliseconds and seconds, losses in nats a byte."""
-    gpu = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    gpu = torch.cuda.get_device_name() if corpus.device == "cuda" else platform.machine()
     return {
         "version": 1, "command": command, "hardware": gpu, "torch": torch.__version__,
-        "settings": dataclasses.asdict(settings), "variants": found,
+        "python": platform.python_version(),
+        "corpus_bytes": {"train": len(corpus.train), "held_out": len(corpus.held_out)},
+        "settings": dataclasses.asdict(corpus.settings), "variants": found,
     }  # fmt: skip
 
 

@@ -62,14 +62,14 @@ PRESETS = {
     ),
     "8k": Settings(
         context=8192, batch=4, steps=1500, tune_steps=300, width=512, layers=8, q_heads=8,
-        kv_heads=2, head_dim=64, learning_rate=1.5e-3, tune_rate=5e-4, answer_weight=4.0, pairs=64,
+        kv_heads=2, head_dim=64, learning_rate=1e-3, tune_rate=5e-4, answer_weight=4.0, pairs=64,
         questions=32, eval_batches=16,
         nsa={"merge": "gate", "dense_len": 0},
         converted={"dense_len": 0},
     ),
     "32k": Settings(
         context=32768, batch=1, steps=1000, tune_steps=200, width=768, layers=6, q_heads=16,
-        kv_heads=4, head_dim=128, learning_rate=1.5e-3, tune_rate=5e-4, answer_weight=4.0,
+        kv_heads=4, head_dim=128, learning_rate=1e-3, tune_rate=5e-4, answer_weight=4.0,
         pairs=256, questions=128, eval_batches=16,
         nsa={"merge": "gate", "dense_len": 0},
         converted={},

@@ -68,7 +68,9 @@ class Corpus:
         """A held-out batch without pairs."""
         rng = torch.Generator().manual_seed(-1 - index)
         ids = self._windows(self.held_out, rng)
-        return Batch(ids.to(self.device), torch.empty(len(ids), 0, dtype=torch.long))
+        return Batch(
+            ids.to(self.device), torch.empty(len(ids), 0, dtype=torch.long, device=self.device)
+        )
 
     def planted(self, index: int) -> Batch:
         """A held-out batch with pairs anywhere in the context, all places equally likely."""

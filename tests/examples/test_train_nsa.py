@@ -1,0 +1,113 @@
+"""The training example: its four variants at sizes that take seconds, and runs that go on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = {
+    "context": 160, "batch": 2, "steps": 4, "tune_steps": 2, "width": 32, "layers": 2, "q_heads": 4,
+    "kv_heads": 2, "head_dim": 16, "pairs": 4, "questions": 3, "eval_batches": 1,
+    "nsa": {"merge": "gate", "dense_len": 0, "compress_block": 16, "compress_stride": 8,
+            "select_block": 16, "num_selected": 3, "window": 32},
+    "converted": {"dense_len": 0, "select_block": 16, "num_selected": 8, "window": 16},
+}  # fmt: skip
+Example = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Example:
+    """Runs the example with more arguments; returns what it wrote as JSON."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    settings = importlib.import_module("training.settings")
+    small = settings.PRESETS["cpu"].replace(**TINY)
+    monkeypatch.setitem(settings.PRESETS, "cpu", small)
+    train_nsa = importlib.import_module("train_nsa")
+
+    def run(*more: str, out: str = "run") -> dict[str, Any]:
+        torch._dynamo.reset()
+        folder = tmp_path / out
+        train_nsa.main(["--device", "cpu", "--inner", "eager", "--out", str(folder), *more])
+        document: dict[str, Any] = json.loads((folder / "results.json").read_text())
+        return document["variants"]  # type: ignore[no-any-return]
+
+    return run
+
+
+def test_all_variants_train_and_stand_in_the_table(
+    example: Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = example("--variants", "dense,nsa,converted,tuned,longer")
+    assert [row["steps"] for row in found.values()] == [4, 4, 0, 2, 2]
+    for row in found.values():
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2))
+        assert 0 <= row["recall"] <= 1
+        assert row["step_ms"] > 0
+    for name in ("dense", "nsa"):
+        assert found[name]["losses"][-1] < found[name]["losses"][0]
+    # 8 of 10 blocks of 16: nearly all that the dense model reads.
+    assert found["converted"]["loss"] == pytest.approx(found["dense"]["loss"], rel=0.01)
+    assert set(found["tuned"]["without"]) == {"compressed", "selected", "window"}
+    assert found["nsa"]["parameters"] > found["dense"]["parameters"]
+    shown = capsys.readouterr().out
+    assert "Held-out text and retrieval" in shown
+    assert (tmp_path / "run" / "losses.png").exists() or "matplotlib is not installed" in shown
+
+
+@pytest.mark.parametrize("variant", ["dense", "nsa"])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    example: Example, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = ("--variants", variant, "--save-every", "2")
+    whole = example(*only, out="whole")[variant]
+
+    text = importlib.import_module("training.text")
+    unhindered = text.Corpus.training
+
+    def stopped(corpus: Any, step: int) -> Any:
+        if step == 3:
+            raise KeyboardInterrupt
+        return unhindered(corpus, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text.Corpus, "training", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            example(*only, out="parts")
+    parts = example(*only, "--resume", out="parts")[variant]
+    assert parts["losses"] == whole["losses"]
+    assert (parts["loss"], parts["recall"]) == (whole["loss"], whole["recall"])
+
+
+def test_a_checkpoint_of_other_settings_is_refused(example: Example) -> None:
+    example("--variants", "dense")
+    with pytest.raises(SystemExit, match="other settings"):
+        example("--variants", "dense", "--resume", "--steps", "5")
+
+
+def test_what_begins_with_the_dense_weights_asks_for_them(example: Example) -> None:
+    with pytest.raises(SystemExit, match="train that one first"):
+        example("--variants", "converted")
+
+
+def test_planted_questions_repeat_their_pairs(example: Example) -> None:
+    settings = importlib.import_module("training.settings").PRESETS["cpu"]
+    text = importlib.import_module("training.text")
+    corpus = text.Corpus(settings, "cpu")
+    for batch in (corpus.training(0), corpus.planted(0)):
+        assert batch.ids.shape == (settings.batch, settings.context + 1)
+        for row, answers in zip(batch.ids, batch.answers, strict=True):
+            line = bytes(row.tolist())
+            for answer in answers.tolist():
+                asked = line[answer - text.LETTERS - 1 : answer + text.LETTERS]
+                assert line.count(b"#k:" + asked + b"\n") == 1
+                assert line[answer - text.LETTERS - 3 : answer - text.LETTERS - 1] == b"#?"
+    assert torch.equal(corpus.training(3).ids, corpus.training(3).ids)
+    assert not torch.equal(corpus.training(3).ids, corpus.training(4).ids)
