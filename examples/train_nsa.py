@@ -44,6 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/train_nsa"), help="folder to write")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--train-only", action="store_true", help="measure later, with --resume")
     parser.add_argument("--breakdown", action="store_true", help="profile a step of each variant")
     parser.add_argument("--device", default=device)
     parser.add_argument("--inner", default="inductor", help="inductor, aot_eager or eager")
@@ -76,17 +77,14 @@ def run(
 ) -> dict[str, Any]:
     """Train (or go on training) one variant and measure it."""
     settings, device = corpus.settings, corpus.device
-    start = None
-    if variant.start is not None:
-        held = Checkpoint(arguments.out, VARIANTS[variant.start], settings).load(device)
-        if held is None:
-            raise SystemExit(f"{variant.name} begins with {variant.start}: train that one first")
-        start = held["model"]
+    start = None if variant.start is None else beginning(variant.start, corpus, arguments.out)
     made, state = make(variant, settings, device, arguments.inner, start), State()
     if variant.trained:
         checkpoint = Checkpoint(arguments.out, variant, settings)
-        held = checkpoint.load(device) if arguments.resume else None
-        state = train(variant, made, corpus, checkpoint, bar, held, arguments.save_every)
+        resumed = arguments.resume and checkpoint.path.exists()
+        state = train(variant, made, corpus, checkpoint, bar, resumed, arguments.save_every)
+    if arguments.train_only:
+        return {}
     found = {
         "steps": state.step, "seconds": state.seconds,
         "parameters": sum(p.numel() for p in made.weights.parameters()),
@@ -97,6 +95,14 @@ def run(
     if arguments.breakdown and device == "cuda":
         found["breakdown"] = measure.breakdown(made, corpus)
     return {**found, "losses": [round(loss, 5) for loss in state.losses]}
+
+
+def beginning(name: str, corpus: Corpus, folder: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of the variant ``name``."""
+    checkpoint = Checkpoint(folder, VARIANTS[name], corpus.settings)
+    if not checkpoint.path.exists():
+        raise SystemExit(f"{checkpoint.path} is missing: train the variant {name} first")
+    return checkpoint.load(corpus.device)["model"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,11 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     with Progress(*columns, console=console) as bar:
         for name in arguments.variants.split(","):
             found[name] = run(VARIANTS[name], corpus, arguments, bar)
+            if arguments.train_only:
+                continue
             # After each: what is measured is kept, whatever happens to the next.
-            results.write(
-                results.document(corpus, command, found),
-                arguments.out / "results.json",
-            )
+            results.write(results.document(corpus, command, found), arguments.out / "results.json")
+    if arguments.train_only:
+        return
     for shown in (
         results.table(settings, found), results.branch_table(found), results.breakdown_table(found)
     ):  # fmt: skip

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from training.settings import Settings
-from training.text import LETTERS, Batch, Corpus
+from training.text import Batch, Corpus
 from training.variants import Made, Variant
 
 _SHOWN = 10  # steps between two looks at the loss: each look waits for the device
@@ -56,10 +56,8 @@ class Checkpoint:
         torch.save(held, beside)
         beside.replace(self.path)
 
-    def load(self, device: str) -> dict[str, Any] | None:
-        """What was saved; None where there is no file."""
-        if not self.path.exists():
-            return None
+    def load(self, device: str) -> dict[str, Any]:
+        """What was saved."""
         held: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
         if held["settings"] != self.settings:
             raise SystemExit(
@@ -102,8 +100,7 @@ def losses_of(
     targets = batch.ids[:, 1:]
     each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     each = each.view_as(targets)
-    at = (batch.answers[:, :, None] - 1 + torch.arange(LETTERS, device=each.device)).flatten(1)
-    weights = torch.ones_like(each).scatter(1, at, answer_weight)
+    weights = torch.ones_like(each).scatter(1, batch.answers - 1, answer_weight)
     return (each * weights).sum() / weights.sum(), each.detach().mean()
 
 
@@ -121,16 +118,18 @@ def one_step(
 
 def train(
     variant: Variant, made: Made, corpus: Corpus, checkpoint: Checkpoint, bar: Progress,
-    held: dict[str, Any] | None, save_every: int,
+    resumed: bool, save_every: int,
 ) -> State:  # fmt: skip
-    """Train ``made`` to the variant's last step, from ``held`` where a checkpoint is given."""
+    """Train ``made`` to the variant's last step, from ``checkpoint`` where ``resumed``."""
     settings, device = corpus.settings, corpus.device
     steps = variant.steps(settings)
     optimizer, state = optimizer_of(made, device, variant.rate(settings)), State()
-    if held is not None:
+    if resumed:
+        held = checkpoint.load(device)
         made.weights.load_state_dict(held["model"])
         optimizer.load_state_dict(held["optimizer"])
         state = State(held["losses"], held["seconds"])
+        del held  # its memory is not the step's
     task = bar.add_task(variant.text, total=steps, completed=state.step, loss=math.nan, rate=0.0)
     before, began, seen, waiting = state.seconds, time.perf_counter(), time.perf_counter(), []
     # The tuned variants see text that the weights they begin with have not seen.

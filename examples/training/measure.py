@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from training.loop import autocast, losses_of, one_step, optimizer_of
-from training.text import LETTERS, Corpus
+from training.text import Corpus
 from training.variants import Made, branches
 
 BRANCHES = ("compressed", "selected", "window")
@@ -34,13 +34,11 @@ def _plain_loss(made: Made, corpus: Corpus, index: int) -> float:
 
 
 def _recall(made: Made, corpus: Corpus, index: int) -> float:
-    """Share of the questions all of whose letters are the model's first choice."""
+    """Share of the questions whose answer is the model's first choice."""
     ids, answers = corpus.planted(index)
     with autocast(corpus.device):
         best = made.model(ids[:, :-1]).argmax(-1)
-    at = (answers[:, :, None] + torch.arange(LETTERS, device=ids.device)).flatten(1)
-    right = best.gather(1, at - 1) == ids.gather(1, at)
-    return right.unflatten(1, (-1, LETTERS)).all(-1).float().mean().item()
+    return (best.gather(1, answers - 1) == ids.gather(1, answers)).float().mean().item()
 
 
 def cost(made: Made, corpus: Corpus) -> dict[str, Any]:
@@ -98,7 +96,7 @@ def breakdown(made: Made, corpus: Corpus) -> dict[str, float]:
     total = 0.0
     for event in seen.key_averages():
         name = _kind(event.key)
-        if event.device_type is DeviceType.CUDA:  # a kernel; operators hold those they launch
+        if event.device_type == DeviceType.CUDA:  # a kernel; operators hold those they launch
             total += event.self_device_time_total / 1e3
         elif name is not None:
             spent[name] = spent.get(name, 0.0) + event.device_time_total / 1e3

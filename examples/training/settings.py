@@ -18,7 +18,8 @@ class Settings:
         width, layers, q_heads, kv_heads, head_dim: the model.
         learning_rate: peak of the cosine schedule; ``tune_rate`` that of the tuned variants.
         answer_weight: loss weight of a byte that answers a planted question; other bytes have 1.
-        pairs, questions: planted pairs in a sequence, and how many of them are asked for.
+        pairs, questions: planted pairs in a sequence, and how many the last lines ask for.
+        repeats: how often more a training sequence asks for each pair, on the way.
         eval_batches: held-out batches of plain text, and as many planted ones.
         nsa: options of ``nsa_compile.prepare``.
         converted: options of the backend for the conversion without training.
@@ -39,6 +40,7 @@ class Settings:
     answer_weight: float
     pairs: int
     questions: int
+    repeats: int
     eval_batches: int
     nsa: dict[str, Any]
     converted: dict[str, Any]
@@ -53,24 +55,24 @@ class Settings:
 # dense_len=0: without it the backend would compute 8,192 keys and fewer densely.
 PRESETS = {
     "cpu": Settings(
-        context=512, batch=4, steps=300, tune_steps=60, width=128, layers=3, q_heads=4, kv_heads=2,
+        context=512, batch=2, steps=300, tune_steps=60, width=128, layers=3, q_heads=4, kv_heads=2,
         head_dim=32, learning_rate=3e-3, tune_rate=1e-3, answer_weight=4.0, pairs=8, questions=6,
-        eval_batches=8,
+        repeats=2, eval_batches=8,
         nsa={"merge": "gate", "dense_len": 0, "compress_block": 16, "compress_stride": 8,
              "select_block": 16, "num_selected": 8, "window": 64},
         converted={"dense_len": 0, "select_block": 32, "num_selected": 8, "window": 64},
     ),
     "8k": Settings(
-        context=8192, batch=4, steps=1500, tune_steps=300, width=512, layers=8, q_heads=8,
-        kv_heads=2, head_dim=64, learning_rate=1e-3, tune_rate=5e-4, answer_weight=4.0, pairs=64,
-        questions=32, eval_batches=16,
+        context=8192, batch=4, steps=1100, tune_steps=220, width=512, layers=8, q_heads=8,
+        kv_heads=2, head_dim=64, learning_rate=1.5e-3, tune_rate=5e-4, answer_weight=4.0, pairs=64,
+        questions=32, repeats=4, eval_batches=16,
         nsa={"merge": "gate", "dense_len": 0},
         converted={"dense_len": 0},
     ),
     "32k": Settings(
-        context=32768, batch=1, steps=1000, tune_steps=200, width=768, layers=6, q_heads=16,
-        kv_heads=4, head_dim=128, learning_rate=1e-3, tune_rate=5e-4, answer_weight=4.0,
-        pairs=256, questions=128, eval_batches=16,
+        context=32768, batch=1, steps=500, tune_steps=100, width=768, layers=6, q_heads=8,
+        kv_heads=2, head_dim=128, learning_rate=1.5e-3, tune_rate=5e-4, answer_weight=4.0, pairs=96,
+        questions=48, repeats=8, eval_batches=32,
         nsa={"merge": "gate", "dense_len": 0},
         converted={},
     ),

@@ -1,12 +1,15 @@
 """The standard library's sources as bytes, and key-value pairs planted in them.
 
-A planted sequence holds lines ``#k:abc=xyz`` somewhere in the text and ends in questions about
-some of them, ``#?abc=xyz``. Who does not find the pair cannot know the three letters of its value:
-retrieval shows there long before it shows in the loss.
+A planted sequence holds lines ``#k:`` key value somewhere in the text and ends in questions about
+some of them, ``#?:`` key value. Keys and values are single bytes above 127, which the text has
+none of. Who does not find the pair can only guess among the values: retrieval shows there long
+before it shows in the loss.
 """
 
 from __future__ import annotations
 
+import math
+import random
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +19,10 @@ from torch import Tensor
 
 from training.settings import Settings
 
-LETTERS = 3
-_PAIR, _QUESTION = b"\n#k:", b"#?"
-_PAIR_SIZE = len(_PAIR) + 2 * LETTERS + 2
-_QUESTION_SIZE = len(_QUESTION) + 2 * LETTERS + 2
-_SLOT = 16  # bytes; pairs stand at multiples of it, so that none overwrites another
+KEYS, VALUES = range(0x80, 0xE0), range(0xE0, 0x100)
+_PAIR, _QUESTION = b"\n#k:", b"\n#?:"
+_VALUE = len(_PAIR) + 1  # where the value stands in a line
+_SLOT = 8  # bytes of a line and what parts it from the next; lines stand at multiples of it
 
 
 class Batch(NamedTuple):
@@ -28,7 +30,7 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: int64 [B, T + 1].
-        answers: int64 [B, questions], positions of the first letter of each value asked for.
+        answers: int64 [B, N], positions of the values asked for.
     """
 
     ids: Tensor
@@ -58,73 +60,73 @@ class Corpus:
     def training(self, step: int) -> Batch:
         """The planted batch of a step: a function of seed and step alone, so that a run resumes.
 
-        Distances between pair and question are uniform in their logarithm: near pairs teach what
-        a question is, far ones that it may be about anything.
+        Every pair is asked for several times more, at distances that are uniform in their
+        logarithm: near pairs teach what a question is, far ones that it may be about anything.
         """
-        rng = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
-        return self._planted(self.train, rng, near=True)
+        rng = random.Random(self.settings.seed * 1_000_003 + step)
+        return self._planted(self.train, rng, self.settings.repeats)
 
     def plain(self, index: int) -> Batch:
         """A held-out batch without pairs."""
-        rng = torch.Generator().manual_seed(-1 - index)
-        ids = self._windows(self.held_out, rng)
-        return Batch(
-            ids.to(self.device), torch.empty(len(ids), 0, dtype=torch.long, device=self.device)
-        )
+        rng = random.Random(-1 - index)
+        rows = [self._window(self.held_out, rng) for _ in range(self.settings.batch)]
+        return self._batch(rows, [[] for _ in rows])
 
     def planted(self, index: int) -> Batch:
-        """A held-out batch with pairs anywhere in the context, all places equally likely."""
-        rng = torch.Generator().manual_seed(-1_000_001 - index)
-        return self._planted(self.held_out, rng, near=False)
+        """A held-out batch with pairs anywhere in the context, each place equally likely."""
+        return self._planted(self.held_out, random.Random(-1_000_001 - index), 0)
 
-    def _windows(self, data: Tensor, rng: torch.Generator) -> Tensor:
-        settings = self.settings
-        high = len(data) - settings.context - 1
-        starts = torch.randint(high, (settings.batch, 1), generator=rng)
-        return data[starts + torch.arange(settings.context + 1)].long()
+    def _planted(self, data: bytes, rng: random.Random, repeats: int) -> Batch:
+        rows = [self._window(data, rng) for _ in range(self.settings.batch)]
+        answers = [_plant(row, self.settings, rng, repeats) for row in rows]
+        # A tensor needs as many answers in each row; which are left out is chance already.
+        count = min(len(found) for found in answers)
+        return self._batch(rows, [found[:count] for found in answers])
 
-    def _planted(self, data: Tensor, rng: torch.Generator, near: bool) -> Batch:
-        rows = self._windows(data, rng)
-        answers = torch.stack([_plant(row, self.settings, rng, near) for row in rows])
-        return Batch(rows.to(self.device, non_blocking=True), answers.to(self.device))
+    def _window(self, data: bytes, rng: random.Random) -> bytearray:
+        size = self.settings.context + 1
+        start = rng.randrange(len(data) - size + 1)
+        return bytearray(data[start : start + size])
+
+    def _batch(self, rows: list[bytearray], answers: list[list[int]]) -> Batch:
+        ids = torch.stack([torch.frombuffer(row, dtype=torch.uint8) for row in rows])
+        at = torch.tensor(answers, dtype=torch.long).view(len(rows), -1)
+        return Batch(ids.to(self.device).long(), at.to(self.device))
 
 
-def _plant(row: Tensor, settings: Settings, rng: torch.Generator, near: bool) -> Tensor:
-    """Write pairs and questions into ``row``; returns where the answers begin."""
-    pairs, questions = settings.pairs, settings.questions
-    begin = len(row) - questions * _QUESTION_SIZE
-    slots = begin // _SLOT - 1
-    if slots < pairs:
+def _plant(row: bytearray, settings: Settings, rng: random.Random, repeats: int) -> list[int]:
+    """Write pairs and questions into ``row``; returns where the answers are, the last lines' first.
+
+    ``settings.questions`` of the pairs are asked for in the last lines, and each up to ``repeats``
+    times before them.
+    """
+    slots = len(row) // _SLOT
+    last = slots - settings.questions
+    if last < settings.pairs:
         raise SystemExit(
-            f"a context of {settings.context} has room for {max(slots, 0)} pairs beside "
-            f"{questions} questions, got pairs={pairs}"
+            f"a context of {settings.context} has room for {max(last, 0)} pairs beside "
+            f"{settings.questions} questions, got pairs={settings.pairs}"
         )
-    keys, values = _words(pairs, rng), _words(pairs, rng)
-    weights = 1.0 / torch.arange(slots, 0, -1) if near else torch.ones(slots)
-    at = torch.multinomial(weights, pairs, generator=rng)[:, None] * _SLOT
-    row[at + torch.arange(_PAIR_SIZE)] = _lines(_PAIR, keys, values)
-    asked = torch.randperm(pairs, generator=rng)[:questions]
-    row[begin:] = _lines(_QUESTION, keys[asked], values[asked]).flatten()
-    return begin + torch.arange(questions) * _QUESTION_SIZE + len(_QUESTION) + LETTERS + 1
-
-
-def _lines(begin: bytes, keys: Tensor, values: Tensor) -> Tensor:
-    """Bytes [N, size] of ``begin`` key = value newline."""
-    parts = (begin, keys, b"=", values, b"\n")
-    columns = [
-        torch.tensor(list(part)).expand(len(keys), -1) if isinstance(part, bytes) else part
-        for part in parts
+    places = rng.sample(range(last), settings.pairs)
+    pairs = [
+        (at, bytes((key, rng.choice(VALUES))))
+        for at, key in zip(places, rng.sample(KEYS, settings.pairs), strict=True)
     ]
-    return torch.cat(columns, dim=1)
+    lines = {at: (_PAIR, pair) for at, pair in pairs}
+    asked = rng.sample(pairs, settings.questions)
+    answers = list(range(last, slots))
+    lines.update({last + i: (_QUESTION, pair) for i, (_, pair) in enumerate(asked)})
+    for at, pair in pairs * repeats:
+        later = at + int(math.exp(rng.random() * math.log(last - at)))
+        if later < last and later not in lines:
+            lines[later] = (_QUESTION, pair)
+            answers.append(later)
+    for at, (begin, pair) in lines.items():
+        line = begin + pair + b"\n"
+        row[at * _SLOT : at * _SLOT + len(line)] = line
+    return [at * _SLOT + _VALUE for at in answers]
 
 
-def _words(count: int, rng: torch.Generator) -> Tensor:
-    """Letters [count, LETTERS], each row another word."""
-    numbers = torch.randperm(26**LETTERS, generator=rng)[:count]
-    places = 26 ** torch.arange(LETTERS)
-    return numbers[:, None] // places % 26 + ord("a")
-
-
-def _bytes(files: list[Path]) -> Tensor:
+def _bytes(files: list[Path]) -> bytes:
     text = b"\n".join(file.read_bytes() for file in files)
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return text.translate(bytes(min(byte, 0x7F) for byte in range(0x100)))
