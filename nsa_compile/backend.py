@@ -27,6 +27,7 @@ from nsa_compile.guards import (
     GuardedCallable,
     Unchanged,
 )
+from nsa_compile.hook_guards import guard_absent_hooks
 from nsa_compile.nn.parameters import prepared_sites
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.passes.pipeline import Conversion, analyse, rewrite
@@ -75,6 +76,8 @@ def nsa(
     except Exception as error:
         return _untouched(gm, example_inputs, config, mode, entry, error)
     trace(entry)
+    if entry.records:
+        guard_absent_hooks()
     _enforce_strict(config, entry.records)
     if not conversion.changes:
         return _inner(gm, example_inputs, config, mode)
