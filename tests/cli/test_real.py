@@ -105,7 +105,8 @@ def test_a_program_in_is_a_program_out(convert: Runner, tmp_path: Path) -> None:
 
 
 def test_verify_prints_the_layers_and_finds_those_to_keep(convert: Runner, script: Path) -> None:
-    outcome = convert(script, "--verify", "--tolerance", "0.2", *SPARSE)
+    page = script.parent / "report.md"
+    outcome = convert(script, "--verify", "--tolerance", "0.2", "--markdown", page, *SPARSE)
     assert outcome.status == 0, outcome.err
     assert "TrilGPT: 2 converted layers, relative error of the output" in outcome.out
     assert 'add to the options: {"exclude": [' in outcome.out
@@ -114,6 +115,7 @@ def test_verify_prints_the_layers_and_finds_those_to_keep(convert: Runner, scrip
     assert found["suggestion"]["met"]
     assert found["suggestion"]["relative_error"] <= 0.2
     assert found["threshold"] == 0.2
+    assert "Verified on cpu: relative error of the output" in page.read_text()
 
 
 def test_a_saved_program_keeps_dense_what_the_tolerance_asks(
