@@ -1,6 +1,6 @@
 """Files that hold what a test expects word for word; one command writes them all anew:
 
-NSA_GOLDEN=write pytest tests/report tests/cli tests/examples tests/passes/test_golden_graphs.py
+NSA_GOLDEN=write pytest tests/report tests/graphs tests/examples tests/passes/test_golden_graphs.py
 """
 
 from __future__ import annotations

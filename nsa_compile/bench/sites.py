@@ -122,7 +122,7 @@ def shape_of(site: SiteRecord) -> Shape | str:
 
 
 def _own_lengths(site: SiteRecord) -> list[int]:
-    if not isinstance(site.kv_len, int):
+    if isinstance(site.kv_len, str) or isinstance(site.flops_dense, str):  # symbolic sizes
         return list(LENGTHS)
     return [*(length for length in LENGTHS if length < site.kv_len), site.kv_len]
 

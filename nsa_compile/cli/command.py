@@ -18,6 +18,7 @@ from nsa_compile.cli.values import UsageError, check_folder, check_writable, pai
 from nsa_compile.graphs import GraphFolder, GraphFolderError
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.passes.projection import LENGTHS
+from nsa_compile.passes.site import SiteRecord
 from nsa_compile.preview import ForwardError, preview, progress
 from nsa_compile.report import RewriteReport
 from nsa_compile.report.diff import ReportFileError, difference, read_report
@@ -72,9 +73,13 @@ def _run(arguments: argparse.Namespace) -> int:
         done = verify_and_save(arguments, request, config)
         report = done.report or report
         report.verification = done.verification.to_dict() if done.verification else None
+    explained = None if arguments.explain is None else _chosen(report, arguments.explain)
     if arguments.bench:
         _measure(report, arguments)
-    _print(report) if arguments.explain is None else _explain(report, arguments.explain)
+    if explained is None:
+        _print(report)
+    else:
+        print("\n\n".join(map(story, explained)), flush=True)
     done.tell(_print)
     for note in dict.fromkeys((*notes, *done.notes)):
         print(f"note: {note}", file=sys.stderr)
@@ -122,12 +127,11 @@ def _measure(report: RewriteReport, arguments: argparse.Namespace) -> None:
         measure_sites(report, arguments.lengths, step, backward=arguments.train)
 
 
-def _explain(report: RewriteReport, layer: str) -> None:
+def _chosen(report: RewriteReport, layer: str) -> list[SiteRecord]:
     try:
-        sites = chosen(report.sites, layer)
+        return chosen(report.sites, layer)
     except LookupError as error:
         raise UsageError(f"--explain: {error.args[0]}") from error
-    print("\n\n".join(map(story, sites)), flush=True)
 
 
 def _request(arguments: argparse.Namespace) -> Request:

@@ -161,7 +161,7 @@ def _flops(site: SiteRecord, length: int) -> tuple[int, int]:
     """Predicted FLOPs at ``length``, dense and as converted."""
     dense: Any = site.flops_dense
     sparse: Any = site.flops_sparse
-    if length != site.kv_len:
+    if length != site.kv_len or isinstance(dense, str):
         (row,) = [row for row in site.extra["costs"] if row["length"] == length]
         dense, sparse = row["flops_dense"], row["flops_sparse"]
     return dense, dense if sparse is None else sparse

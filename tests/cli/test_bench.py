@@ -51,6 +51,16 @@ def test_without_it_nothing_is_measured(convert: Runner) -> None:
     assert "measured" not in outcome.out.replace("not measured", "")
 
 
+def test_symbolic_sizes_are_measured_at_chosen_lengths(convert: Runner) -> None:
+    outcome = convert(
+        MODELS, *SMALL, "--inputs", "int64[B=2,T=48]", "--lengths", "32,48",
+    )  # fmt: skip
+    assert outcome.status == 0
+    assert [row["length"] for row in outcome.json["bench"]["rows"]] == [32, 48]
+    (first, *_) = outcome.json["bench"]["rows"]
+    assert first["flops_dense"] == outcome.json["costs"][0]["flops_dense"]
+
+
 @pytest.mark.parametrize("builder", ["random_mask", "convolution"])
 def test_a_model_with_nothing_to_measure(convert: Runner, builder: str) -> None:
     outcome = convert(f"{MODELS}:{builder}", "--bench")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_it_trains_dense_and_converted_and_prints_both() -> None:
@@ -26,6 +27,13 @@ def test_it_trains_dense_and_converted_and_prints_both() -> None:
         assert abs(float(dense) - float(sparse)) < 0.1
     assert float(after[2]) < float(before[2]) < 8.0
     assert "4 of 4 attention layers converted" in done.stdout
+    (shown,) = re.findall(r"^```text\n(held-out.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert without_digits(shown) in without_digits(done.stdout)
+
+
+def without_digits(text: str) -> str:
+    """The words of a text: README shows a longer run."""
+    return " ".join(re.sub(r"\d[\d.]*", "0", text).split())
 
 
 def _environment() -> dict[str, str]:
