@@ -21,11 +21,14 @@ def add_checks(
     """Assert, ahead of all other calls, what ``conversion`` holds for.
 
     A buffer whose ``values`` were read has to be equal to a copy of what it was, which the program
-    then holds as a constant. On a GPU a failing assertion is one of the device.
+    then holds as a constant; constants need no such check. On a GPU a failing assertion is one of
+    the device.
     """
     aten = torch.ops.aten
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    known = {node: constants.add(values[node]) for node in conversion.guarded}
+    buffers = constants.signature.inputs_to_buffers
+    read = [node for node in conversion.guarded if node.name in buffers]
+    known = {node: constants.add(values[node]) for node in read}
     with gm.graph.inserting_before(first):
         call = Caller(gm.graph, first)
         for node, constant in known.items():

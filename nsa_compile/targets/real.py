@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import io
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ def load_real(request: Request) -> Target:
     Raises:
         TargetError: as :func:`load` does, or there are no weights.
     """
-    target = load(replace(request, weights=True))
+    with _watching() as loaded:
+        target = load(replace(request, weights=True))
+    if not loaded():
+        target.notes.append(
+            f"{target.name} drew random numbers and loaded no state_dict: if its weights are "
+            "random, what is measured says nothing about a trained model"
+        )
     held: Any = target.program.state_dict if target.program is not None else None
     held = target.model.state_dict() if held is None else held
     meta = [name for name, tensor in held.items() if tensor.is_meta]
@@ -36,6 +43,23 @@ def load_real(request: Request) -> Target:
         )
     target.model.train(request.train)
     return target
+
+
+@contextmanager
+def _watching() -> Iterator[Callable[[], bool]]:
+    """Tells whether the weights were read from somewhere, as far as one can see."""
+    before, load_state_dict = torch.get_rng_state(), nn.Module.load_state_dict
+    calls: list[None] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return load_state_dict(*args, **kwargs)
+
+    nn.Module.load_state_dict = noted
+    try:
+        yield lambda: bool(calls) or torch.equal(before, torch.get_rng_state())
+    finally:
+        nn.Module.load_state_dict = load_state_dict
 
 
 def has_values(target: Target) -> bool:

@@ -118,6 +118,18 @@ def test_verify_prints_the_layers_and_finds_those_to_keep(convert: Runner, scrip
     assert "Verified on cpu: relative error of the output" in page.read_text()
 
 
+def test_weights_that_nobody_loaded_are_noted(convert: Runner, script: Path) -> None:
+    note = "drew random numbers and loaded no state_dict: if its weights are random"
+    script.write_text(
+        SCRIPT
+        + "def loaded():\n    model, ids = build()\n    model.load_state_dict(model.state_dict())\n"
+        "    return model, ids\n"
+    )
+    assert note in convert(script, "--verify", *SPARSE).err
+    assert note not in convert(f"{script}:loaded", "--verify", *SPARSE).err
+    assert note not in convert(script, *SPARSE).err
+
+
 def test_a_saved_program_keeps_dense_what_the_tolerance_asks(
     convert: Runner, script: Path, tmp_path: Path
 ) -> None:
