@@ -68,7 +68,7 @@ def nsa(
     config = NSAConfig.from_options(options)
     if mode and config.inner != "inductor":
         raise NSAConfigError(f"mode={mode!r} needs inner='inductor', got inner={config.inner!r}")
-    _guard_hooks()
+    guard_absent_hooks()
     entry = _begin()
     values = constant_inputs(gm, example_inputs)
     try:
@@ -77,8 +77,6 @@ def nsa(
     except Exception as error:
         return _untouched(gm, example_inputs, config, mode, entry, error)
     trace(entry)
-    if entry.records:
-        guard_absent_hooks()
     _enforce_strict(config, entry.records)
     if not conversion.changes:
         return _inner(gm, example_inputs, config, mode)
@@ -97,15 +95,6 @@ def nsa(
     return GuardedCallable(
         compiled, lambda: _inner(original.module(), example_inputs, config, mode), conditions, entry
     )
-
-
-def _guard_hooks() -> None:
-    """Have Dynamo guard on the hooks of modules, for this graph and later ones.
-
-    ``prepare`` marks a layer by a forward pre-hook. Without guards a prepared model would be served
-    what was compiled for a model that is built alike and not prepared.
-    """
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def _inner(

@@ -456,28 +456,3 @@ def test_layers_that_stay_dense_get_no_parameters() -> None:
     with pytest.warns(ConversionWarning, match=r"layers.0: modifier_not_supported: .*softcap"):
         nsa_compile.prepare(model, SIZES)
     assert list(parameters_of(model)) == ["layers.1.nsa"]
-
-
-@pytest.mark.parametrize("first", ["plain", "prepared"])
-def test_models_built_alike_do_not_share_code_when_one_is_prepared(first: str) -> None:
-    plain = GPT()
-    models = {"plain": plain, "prepared": prepared(copy.deepcopy(plain))}
-    order = [first, *(name for name in models if name != first)]
-    x, outs, merges = ids(), {}, {}
-    for name in order:
-        fast = torch.compile(models[name], backend="nsa", options={"inner": "eager"})
-        outs[name] = fast(x)
-        merges[name] = {row.config["merge"] for row in nsa_compile.report(fast).sites if row.config}
-    assert merges == {"plain": {"softmax"}, "prepared": {"gate"}}
-    torch.testing.assert_close(outs["plain"], plain(x))
-    assert not torch.allclose(outs["prepared"], outs["plain"])
-
-
-def test_unprepared_models_run_as_they_were() -> None:
-    model = prepared()
-    x = ids()
-    fast = torch.compile(model, backend="nsa", options={"inner": "eager"})
-    exact = model(x)
-    assert not torch.allclose(fast(x), exact)
-    nsa_compile.unprepare(model)
-    torch.testing.assert_close(fast(x), exact)
