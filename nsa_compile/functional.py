@@ -341,7 +341,7 @@ def sliding_window_attention(
     check_sizes(window=window)
     ranges = packed_ranges(cu_seqlens, ranges, q.shape[2], k.shape[2], offset)
     check_terms(q, k, ranges, None, None, None, None, 0.0)
-    out, lse = merges.sliding_window(
+    out, lse = torch.ops.nsa.sliding_window_attention(
         q, k, v, valid, ranges, logit_scale(scale, q.shape[3]), causal, offset, window
     )
     return (out, lse) if return_lse else out

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from nsa_compile.passes.choice import Choice, Logits, Terms, chosen_blocks
 from nsa_compile.passes.config import NSAConfig
-from nsa_compile.passes.selected import selected_branch
+from nsa_compile.passes.selected import gated_choice, is_plain, selected_branch
 from nsa_compile.passes.templates import Learned
 
-# One H100, 65,536 tokens, window 512, blocks of 64, ms forward + backward by queries of a tile.
-# 64/4 heads: 16 queries 3.5 + 12.2, 32 queries 3.5 + 12.0, 64 queries 3.5 + 12.8; 32/8 heads: 32
-# queries 1.9 + 6.2, 64 queries 2.0 + 6.6, 128 queries 2.2 + 7.2; 32/32 heads: 32 queries 3.5 + 8.1,
-# 64 queries 2.3 + 7.0, 128 queries 2.4 + 7.4. Blocks of 128 are slower everywhere.
-_WINDOW_BLOCK = 64
 # Two rows past the compressed blocks keep their number from ever being 0 or 1, sizes that torch
 # compiles separately for: one dynamic compilation serves short sequences too.
 SPARE_ROWS = 2
@@ -51,16 +44,26 @@ def gated(
     ops, mask = torch.ops.nsa, (scale, causal, offset)
     sizes = (options.compress_block, options.compress_stride)
     gates, k_cmp, v_cmp, k_mem, v_mem = learned
-    compressed, lse = ops.compressed_attention(
-        q, k_cmp, v_cmp, valid, ranges, *mask, *sizes, k.shape[2]
-    )
-    window, _ = sliding_window(q, k, v, valid, ranges, *mask, options.window or 1)
-    selected = torch.zeros_like(window)
-    if options.num_selected:
+    # nsa::gated_attention differentiates branches that are attention and nothing else; those that
+    # more is done to have gradients of their own.
+    remembers, plain = k_mem is not None and v_mem is not None, is_plain(q, k, options)
+    own = not remembers and (plain or not options.sel_scale)
+    inputs = (q.detach(), k_cmp.detach(), v_cmp.detach()) if own else (q, k_cmp, v_cmp)
+    compressed, lse = ops.compressed_attention(*inputs, valid, ranges, *mask, *sizes, k.shape[2])
+    blocks = selected = None
+    if not options.num_selected:
+        selected = torch.zeros_like(compressed)
+    elif plain:
+        blocks = gated_choice(q, k, k_cmp, lse, options, valid, ranges, mask)
+    else:
         selected = selected_branch(q, k, v, k_cmp, lse, options, valid, ranges, mask)
+    branch = (k_cmp, v_cmp, compressed, lse) if own else (None, None, compressed, None)
     if k_mem is not None and v_mem is not None:
-        compressed = with_memory(q, compressed, lse, k_mem, v_mem, scale)
-    out: Tensor = ops.combine(gates, compressed, selected, window)
+        branch = (None, None, with_memory(q, compressed, lse, k_mem, v_mem, scale), None)
+    tiling = (options.window or 1, options.query_tile, options.select_block)
+    out: Tensor = ops.gated_attention(
+        gates, q, k, v, *branch, blocks, selected, valid, ranges, *mask, *sizes, *tiling
+    )[0]
     return out
 
 
@@ -74,40 +77,3 @@ def with_memory(
     # A query that sees no block has lse -inf: all of its softmax is memory.
     share = torch.sigmoid(logits.logsumexp(-1).flatten(1, 2) - lse)[..., None]
     return (out * (1 - share) + remembered.flatten(1, 2) * share).to(out.dtype)
-
-
-def sliding_window(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, ranges: Tensor | None, scale: float,
-    causal: bool, offset: int, window: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out and lse over the keys of a window: the blocks it touches are known from the shapes."""
-    tile = 32 if q.shape[1] >= 4 * k.shape[1] else 64
-    table = _window_table(q, k, tile, causal, offset, window)
-    table = table.expand(k.shape[0], k.shape[1], -1)
-    out, lse = torch.ops.nsa.selected_attention(
-        q, k, v, table, valid, ranges, None, None, None, None, scale, 0.0, causal, offset, window,
-        tile, _WINDOW_BLOCK, 0,
-    )  # fmt: skip
-    return out, lse
-
-
-def _window_table(
-    q: Tensor, k: Tensor, tile: int, causal: bool, offset: int, window: int
-) -> Tensor:
-    """int32 [NT * n]: the blocks of each tile's window; those past the last key are never read.
-
-    Flat like the result of nsa::select_blocks: torch compiles separately for a dimension NT of 1.
-    """
-    block, ahead = _WINDOW_BLOCK, 0 if causal else window - 1
-    tiles = -(-q.shape[2] // tile)
-    reach = tile - 1 + ahead + window - 1  # from the first key of the window to the last
-    step = math.gcd(tile, block)
-    width = (reach + (offset - (window - 1)) % step + block - step) // block + 1
-    if isinstance(k.shape[2], int):
-        width = torch.sym_min(width, -(-k.shape[2] // block))
-    slots = torch.arange(tiles * width, dtype=torch.int32, device=q.device)
-    starts = torch.div(slots, width, rounding_mode="floor") * tile + offset
-    first = torch.div(starts - (window - 1), block, rounding_mode="floor").clamp(min=0)
-    table = first + slots % width
-    last = torch.div(starts + (tile - 1 + ahead), block, rounding_mode="floor")
-    return torch.where(table <= last, table, -1).to(torch.int32)

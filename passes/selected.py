@@ -16,7 +16,7 @@ def selected_branch(
 ) -> Tensor:  # fmt: skip
     """[B, Hq, Tq, Dv]: one softmax over the chosen blocks; ``lse`` is the compressed branch's."""
     site = (options, valid, ranges, mask)
-    if options.share_selection or q.shape[1] == k.shape[1]:
+    if _is_shared(q, k, options):
         return _branch(q, k, v, k_cmp, lse, *site)
 
     def branch(mine: Tensor, own_lse: Tensor) -> Tensor:
@@ -24,6 +24,15 @@ def selected_branch(
 
     out: Tensor = each_head(branch, k.shape[1], q, lse)
     return out
+
+
+def is_plain(q: Tensor, k: Tensor, options: NSAConfig) -> bool:
+    """Whether the branch is nsa::selected_attention over ``gated_choice``, and nothing else."""
+    return _is_shared(q, k, options) and not options.sel_scale
+
+
+def _is_shared(q: Tensor, k: Tensor, options: NSAConfig) -> bool:
+    return bool(options.share_selection) or q.shape[1] == k.shape[1]
 
 
 def gated_choice(

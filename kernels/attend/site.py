@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class Site:
     window: int | None
     query_tile: int
     block: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The fields in the operators' order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def visibility(self) -> Visibility:

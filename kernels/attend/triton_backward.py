@@ -11,11 +11,14 @@ added in a fixed order, so nothing is atomic and every run gives the same bits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from nsa_compile.kernels.attend import triton_gathered, triton_transposed
+from nsa_compile.kernels.attend import triton_few, triton_gathered
+from nsa_compile.kernels.attend.gate import Gate, weights_of
 from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.attend.triton_rows import (
     last_steps,
@@ -95,15 +98,19 @@ def _query_gradient(
     q, k, v, out, do, lse, dlse, ids, counts, valid, dq, delta, scale, signed_scale, tiles,
     kv_heads, q_len, kv_len, offset, window, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, o_batch, o_head, o_row, do_batch, do_head, do_row, dlse_batch,
-    dlse_head, dlse_row, dq_batch, dq_head, dq_row, valid_batch, valid_row, ranges, ranges_batch,
-    query_segments, query_segments_batch, key_segments, key_segments_batch, slopes, positions,
-    positions_batch, cap, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
-    BN: tl.constexpr, CHUNKS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    PADDED: tl.constexpr, NEGATIVE: tl.constexpr, LSE_GRADIENT: tl.constexpr, RANGED: tl.constexpr,
+    dlse_head, dlse_row, dq_batch, dq_head, dq_row, gate, valid_batch, valid_row, ranges,
+    ranges_batch, query_segments, query_segments_batch, key_segments, key_segments_batch, slopes,
+    positions, positions_batch, cap, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr, GIVEN: tl.constexpr,
+    LSE_GRADIENT: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, RANGED: tl.constexpr,
     SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """dq, and on the way delta for the key side; programs own the rows they own in forward."""
+    """dq, and on the way delta for the key side; programs own the rows they own in forward.
+
+    ``GIVEN``: delta is there already, and ``out`` is not read.
+    """
     entry, batch, kv_head, tile, chunk = program(tiles, kv_heads, CHUNKS)
     row = chunk * M + tl.arange(0, M)
     head = (kv_head * G + row // R).to(tl.int64)
@@ -116,17 +123,20 @@ def _query_gradient(
         q_tile = -q_tile
     do_rows = head * do_head + query.to(tl.int64) * do_row
     do_tile = load_rows(do + batch * do_batch, do_rows, 1, mine, DV, DVP, True)
-    o_rows = head * o_head + query.to(tl.int64) * o_row
-    o_tile = load_rows(out + batch * o_batch, o_rows, 1, mine, DV, DVP, True)
-    place = (batch * kv_heads * G + head) * q_len + query
-    log_sum = tl.load(lse + place, mask=mine, other=float("-inf"))
-    difference = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
-    if LSE_GRADIENT:
-        there = dlse + batch * dlse_batch + head * dlse_head + query.to(tl.int64) * dlse_row
-        difference -= tl.load(there, mask=mine, other=0.0).to(tl.float32)
+    row_place = (batch * kv_heads * G + head) * q_len + query
+    log_sum = tl.load(lse + row_place, mask=mine, other=float("-inf"))
     dead = log_sum == float("-inf")
-    difference = tl.where(dead, 0.0, difference)
-    tl.store(delta + place, difference, mask=mine)
+    if GIVEN:
+        difference = tl.load(delta + row_place, mask=mine, other=0.0)
+    else:
+        o_rows = head * o_head + query.to(tl.int64) * o_row
+        o_tile = load_rows(out + batch * o_batch, o_rows, 1, mine, DV, DVP, True)
+        difference = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+        if LSE_GRADIENT:
+            there = dlse + batch * dlse_batch + head * dlse_head + query.to(tl.int64) * dlse_row
+            difference -= tl.load(there, mask=mine, other=0.0).to(tl.float32)
+        difference = tl.where(dead, 0.0, difference)
+        tl.store(delta + row_place, difference, mask=mine)
     log_sum = tl.where(dead, float("inf"), log_sum * 1.4426950408889634)
     position = query + offset
     low, high = row_range(ranges + batch * ranges_batch, query, mine, RANGED)
@@ -158,44 +168,95 @@ def _query_gradient(
         scale, cap, kv_len, window, k_row, v_row, valid_row, D, DV, DP, DVP, L, BN, CAUSAL,
         WINDOWED, PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, True,
     )  # fmt: skip
+    acc = acc * signed_scale
+    if GATED:
+        acc = acc * tl.load(gate + row_place, mask=mine, other=0.0)[:, None]
+    dq += batch * dq_batch
     dq_rows = head * dq_head + query.to(tl.int64) * dq_row
-    store_rows(dq + batch * dq_batch, dq_rows, 1, mine, acc * signed_scale, D, DP)
+    if ADDED:
+        acc += load_rows(dq, dq_rows, 1, mine, D, DP, True).to(tl.float32)
+    store_rows(dq, dq_rows, 1, mine, acc, D, DP)
+
+
+@triton.jit
+def _reader_of(readers, row, rows, G: tl.constexpr, R: tl.constexpr):
+    """The tile of each row."""
+    return tl.load(readers + row // (R * G), mask=row < rows, other=0)
+
+
+@triton.jit
+def _run_of(readers, row, rows, G: tl.constexpr, R: tl.constexpr, WINDOWED: tl.constexpr):
+    """Head and query of a row, in scalar arithmetic; the rows of one tile and head go on from it.
+
+    A window's rows come head by head: programs side by side read runs of queries that overlap, and
+    those of one head all fit into the L2 cache. Other readers lie anywhere, and the heads of a
+    query lie together.
+    """
+    if WINDOWED:
+        span = rows // G
+        head = row // span
+        tile = tl.load(readers + row % span // R)
+    else:
+        head = (row // R) % G
+        tile = tl.load(readers + row // (R * G))
+    return head.to(tl.int64), tile * R + row % R
+
+
+@triton.jit
+def _let_through(
+    seen, query, mine, ranges, query_segments, key, key_segment, RANGED: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """``seen`` [keys, rows] of which ranges and segments let through."""
+    if RANGED:
+        low, high = row_range(ranges, query, mine, RANGED)
+        seen = seen & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
+    if SEGMENTED:
+        segment = row_segment(query_segments, query, mine, SEGMENTED)
+        seen = seen & (key_segment[:, None] == segment[None, :])
+    return seen
 
 
 @triton.jit
 def _key_steps(
-    dk, dv, k_tile, v_tile, q, do, lse, delta, ranges, query_segments, slopes, positions, readers,
-    first_row, rows, steps, key, key_segment, key_place, scale, cap, q_len, kv_len, offset, window,
-    q_head, q_row, do_head, do_row, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    dk, dv, k_tile, v_tile, q, do, lse, delta, gate, ranges, query_segments, slopes, positions,
+    readers, first_row, rows, steps, key, key_segment, key_place, scale, cap, q_len, kv_len, offset,
+    window, q_head, q_row, do_head, do_row, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, NEGATIVE: tl.constexpr, RANGED: tl.constexpr, SEGMENTED: tl.constexpr,
-    SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr, NEGATIVE: tl.constexpr, GATED: tl.constexpr, RANGED: tl.constexpr,
+    SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
+    lane = tl.arange(0, BM)
+    # Where rows are gathered their tile is read a step ahead: the rows wait for it. Readers of
+    # few rows need too many registers for that.
+    AHEAD: tl.constexpr = R % BM != 0 and R * G >= 4
+    if AHEAD:
+        next_tile = _reader_of(readers, first_row + lane, rows, G, R)
     for step in range(0, steps):
-        if R % BM == 0:  # one head of one tile a step: scalar arithmetic
-            here = first_row + step * BM
-            head = (here // R) % G
-            tile = tl.load(readers + here // (R * G))
-            start = tile * R + here % R
-            query = start + tl.arange(0, BM)
+        if R % BM == 0:
+            head, start = _run_of(readers, first_row + step * BM, rows, G, R, WINDOWED)
+            query = start + lane
             mine = query < q_len
-            q_base = q + head.to(tl.int64) * q_head + start.to(tl.int64) * q_row
-            do_base = do + head.to(tl.int64) * do_head + start.to(tl.int64) * do_row
-            lane = tl.arange(0, BM)
+            q_base = q + head * q_head + start.to(tl.int64) * q_row
+            do_base = do + head * do_head + start.to(tl.int64) * do_row
             q_tile = load_rows(q_base, lane, q_row, mine, D, DP, True)
             do_tile = load_rows(do_base, lane, do_row, mine, DV, DVP, True)
-            place = head.to(tl.int64) * q_len + query
         else:
-            here = first_row + step * BM + tl.arange(0, BM)
+            here = first_row + step * BM + lane
+            if AHEAD:
+                tile = next_tile
+                next_tile = _reader_of(readers, here + BM, rows, G, R)
+            else:
+                tile = _reader_of(readers, here, rows, G, R)
             head = ((here // R) % G).to(tl.int64)
-            tile = tl.load(readers + here // (R * G), mask=here < rows, other=0)
             query = tile * R + here % R
             mine = (here < rows) & (query < q_len)
             q_tile = load_rows(q, head * q_head + query.to(tl.int64) * q_row, 1, mine, D, DP, True)
             do_tile = load_rows(
                 do, head * do_head + query.to(tl.int64) * do_row, 1, mine, DV, DVP, True
             )
-            place = head * q_len + query
+        place = head * q_len + query
         if NEGATIVE:
             q_tile = -q_tile
         log_sum = tl.load(lse + place, mask=mine, other=float("-inf"))
@@ -212,13 +273,12 @@ def _key_steps(
             seen = visible(
                 (query + offset)[None, :], key[:, None], kv_len, window, CAUSAL, WINDOWED
             )
-            if RANGED:
-                low, high = row_range(ranges, query, mine, RANGED)
-                seen = seen & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :])
-            if SEGMENTED:
-                segment = row_segment(query_segments, query, mine, SEGMENTED)
-                seen = seen & (key_segment[:, None] == segment[None, :])
+            seen = _let_through(
+                seen, query, mine, ranges, query_segments, key, key_segment, RANGED, SEGMENTED
+            )
             p = tl.where(seen, p, 0.0)
+        if GATED:
+            p = p * tl.load(gate + place, mask=mine, other=0.0)[None, :]
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
         ds = p * (dp - difference[None, :])
@@ -233,13 +293,14 @@ def _key_gradient(
     q, k, v, do, lse, delta, readers, starts, slot_block, slot_end, dk_part, dv_part, valid, dk, dv,
     scale, pairs, kv_heads, q_len, kv_len, offset, window, blocks, slots, entries, q_batch, q_head,
     q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row, dk_batch,
-    dk_head, dk_row, dv_batch, dv_head, dv_row, valid_batch, valid_row, ranges, ranges_batch,
+    dk_head, dk_row, dv_batch, dv_head, dv_row, gate, valid_batch, valid_row, ranges, ranges_batch,
     query_segments, query_segments_batch, key_segments, key_segments_batch, slopes, positions,
     positions_batch, cap, G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    PIECE: tl.constexpr, PIECE_PAD: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr, RANGED: tl.constexpr,
-    SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
+    PIECE: tl.constexpr, LEADING: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr, GATED: tl.constexpr,
+    ADDED: tl.constexpr, RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr,
+    PLACED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN keys of one block, summed over one piece of the tiles that read the block.
 
@@ -287,12 +348,12 @@ def _key_gradient(
     q_base = q + batch * q_batch + kv_head * G * q_head
     do_base = do + batch * do_batch + kv_head * G * do_head
     row_base = pair * G * q_len
-    list_base = readers + pair * entries + begin
+    readers += pair * entries + begin
     rows = (end - begin) * G * R
-    # Tiles come in ascending order, so those on the diagonal lead the list. Under further terms of
-    # the mask any tile may need it.
-    item = tl.arange(0, PIECE_PAD)
-    tile = tl.load(list_base + item, mask=item < end - begin, other=2147483647)
+    # Tiles come in ascending order, so those on the diagonal are among the first LEADING of the
+    # list. Under further terms of the mask any tile may need it.
+    item = tl.arange(0, LEADING)
+    tile = tl.load(readers + item, mask=item < end - begin, other=2147483647)
     masked_rows = rows
     if not (WINDOWED or (RANGED or SEGMENTED)):
         if CAUSAL:
@@ -304,20 +365,20 @@ def _key_gradient(
     dv_sum = tl.zeros([BN, DVP], tl.float32)
     masked_steps = (masked_rows + BM - 1) // BM
     dk_sum, dv_sum = _key_steps(
-        dk_sum, dv_sum, k_tile, v_tile, q_base, do_base, lse + row_base, delta + row_base, ranges,
-        query_segments, slopes, positions, list_base, 0, rows, masked_steps, key, key_segment,
-        key_place, scale, cap, q_len, kv_len, offset, window, q_head, q_row, do_head, do_row, G, R,
-        D, DV, DP, DVP, BM, CAUSAL, WINDOWED, NEGATIVE, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED,
-        True,
+        dk_sum, dv_sum, k_tile, v_tile, q_base, do_base, lse + row_base, delta + row_base,
+        gate + row_base, ranges, query_segments, slopes, positions, readers, 0, rows, masked_steps,
+        key, key_segment, key_place, scale, cap, q_len, kv_len, offset, window, q_head, q_row,
+        do_head, do_row, G, R, D, DV, DP, DVP, BM, CAUSAL, WINDOWED, NEGATIVE, GATED, RANGED,
+        SEGMENTED, SLOPED, PLACED, CAPPED, True,
     )  # fmt: skip
     done = masked_steps * BM
     steps = (tl.maximum(rows - done, 0) + BM - 1) // BM
     dk_sum, dv_sum = _key_steps(
-        dk_sum, dv_sum, k_tile, v_tile, q_base, do_base, lse + row_base, delta + row_base, ranges,
-        query_segments, slopes, positions, list_base, done, rows, steps, key, key_segment,
-        key_place, scale, cap, q_len, kv_len, offset, window, q_head, q_row, do_head, do_row, G, R,
-        D, DV, DP, DVP, BM, CAUSAL, WINDOWED, NEGATIVE, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED,
-        False,
+        dk_sum, dv_sum, k_tile, v_tile, q_base, do_base, lse + row_base, delta + row_base,
+        gate + row_base, ranges, query_segments, slopes, positions, readers, done, rows, steps, key,
+        key_segment, key_place, scale, cap, q_len, kv_len, offset, window, q_head, q_row, do_head,
+        do_row, G, R, D, DV, DP, DVP, BM, CAUSAL, WINDOWED, NEGATIVE, GATED, RANGED, SEGMENTED,
+        SLOPED, PLACED, CAPPED, False,
     )  # fmt: skip
     dk_sum = dk_sum * (scale * 0.6931471805599453)
     if PADDED:
@@ -329,14 +390,20 @@ def _key_gradient(
         store_rows(dk_part, pid * L * D + lane * D, 1, lane < L, dk_sum, D, DP)
         store_rows(dv_part, pid * L * DV + lane * DV, 1, lane < L, dv_sum, DV, DVP)
     else:
-        store_rows(dk + batch * dk_batch + kv_head * dk_head, key, dk_row, inside, dk_sum, D, DP)
-        store_rows(dv + batch * dv_batch + kv_head * dv_head, key, dv_row, inside, dv_sum, DV, DVP)
+        dk += batch * dk_batch + kv_head * dk_head
+        dv += batch * dv_batch + kv_head * dv_head
+        if ADDED:
+            dk_sum += load_rows(dk, key, dk_row, inside, D, DP, True).to(tl.float32)
+            dv_sum += load_rows(dv, key, dv_row, inside, DV, DVP, True).to(tl.float32)
+        store_rows(dk, key, dk_row, inside, dk_sum, D, DP)
+        store_rows(dv, key, dv_row, inside, dv_sum, DV, DVP)
 
 
 @triton.jit
 def _join_pieces(
     part, starts, slot_end, gradient, kv_heads, kv_len, blocks, slots, g_batch, g_head, g_row,
     L: tl.constexpr, L_PAD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PIECE: tl.constexpr,
+    ADDED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block whose readers came in several pieces: their sum, in list order."""
     pid = tl.program_id(0).to(tl.int64)
@@ -354,43 +421,78 @@ def _join_pieces(
     key = block * L + lane
     inside = (lane < L) & (key < kv_len)
     base = gradient + (pair // kv_heads) * g_batch + (pair % kv_heads) * g_head
+    if ADDED:
+        total += load_rows(base, key, g_row, inside, D, DP, True).to(tl.float32)
     store_rows(base, key, g_row, inside, total, D, DP)
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Upstream(NamedTuple):
+    """What reaches an attention's backward, and where its gradients go.
+
+    Behind a gate ``grad_out`` is that of the gated sum, and ``out`` and ``grad_lse`` are not read.
+    ``added``: whether to dq, and whether to dk and dv, what they already hold is added. ``given``:
+    delta is known.
+    """
+
+    grad_out: torch.Tensor
+    grad_lse: torch.Tensor | None
+    out: torch.Tensor
+    gate: Gate | None = None
+    added: tuple[bool, bool] = (False, False)
+    given: bool = False
 
 
 def backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
     v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, block_indices: torch.Tensor, site: Site,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """(dq, dk, dv), token-major, in the dtypes of q, k and v."""
     gradients = tuple(empty_token_major(x, *x.shape) for x in (q, k, v))
-    q, k, v, out, grad_out = (dense_rows(x) for x in (q, k, v, out, grad_out))
-    lse = lse.contiguous()
     if q.numel() == 0 or k.shape[2] == 0:
         for gradient in gradients:
             gradient.zero_()
         return gradients
-    dq, dk, dv = gradients
-    extra = terms(site.visibility, site.modifiers, q)
-    delta = torch.empty_like(lse)
-
-    def query_gradient(lists, site):
-        ordered = order_blocks(lists, q.shape[2], k.shape[2], site)
-        _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, dq, delta, site, extra)
-        return ordered[0]
-
-    special = [m for m in (triton_transposed, triton_gathered) if m.serves(q, k, v, site)]
-    if special:
-        lists = special[0].query_gradient(
-            grad_out, q, k, v, lse, delta, dq, block_indices, site, query_gradient
-        )
-    else:
-        lists = query_gradient(block_indices, site)
-    _launch_key(grad_out, q, k, v, lse, lists, dk, dv, delta, site, extra)
+    upstream = Upstream(dense_rows(grad_out), grad_lse, dense_rows(out))
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    differentiate(upstream, q, k, v, lse.contiguous(), block_indices, site, gradients)
     return gradients
 
 
-def _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, dq, delta, site, extra):
+def differentiate(
+    upstream: Upstream, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor,
+    block_indices: torch.Tensor, site: Site, gradients: Gradients,
+) -> None:  # fmt: skip
+    """Fills (dq, dk, dv). The last dimension of inputs is dense, and so is all of lse."""
+    dq, dk, dv = gradients
+    extra = terms(site.visibility, site.modifiers, q)
+    gate = upstream.gate
+    delta = torch.empty_like(lse) if gate is None else gate.delta
+
+    def query_gradient(lists, site, upstream=upstream):
+        ordered = order_blocks(lists, q.shape[2], k.shape[2], site)
+        _launch_query(upstream, q, k, v, lse, ordered, dq, delta, site, extra)
+        return ordered[0]
+
+    if triton_few.serves(q, k, v, site):
+        parts = triton_few.parts_of(q, k, block_indices, site, True)
+        query_gradient(*parts.shared)
+        query_gradient(*parts.left, upstream._replace(added=(True, False), given=True))
+        lists = parts.kept
+    elif triton_gathered.serves(q, k, v, site):
+        lists = triton_gathered.query_gradient(
+            upstream.grad_out, q, k, v, lse, delta, gate, dq, block_indices, site, query_gradient
+        )
+    else:
+        lists = query_gradient(block_indices, site)
+    _launch_key(upstream, q, k, v, lse, lists, dk, dv, delta, site, extra)
+
+
+def _launch_query(upstream, q, k, v, lse, ordered, dq, delta, site, extra):
     ids, counts = ordered
+    grad_out, grad_lse, out, gate, (added, _), given = upstream
     batch, q_heads, q_len, head_dim = q.shape
     group, value_dim = q_heads // k.shape[1], v.shape[3]
     launch = launch_for("query", q, v, group, site.query_tile, site.block)
@@ -401,17 +503,18 @@ def _launch_query(grad_out, grad_lse, q, k, v, out, lse, ordered, dq, delta, sit
         mask_pointer(site.valid, q), dq, delta, abs(site.scale) * LOG2_E, site.scale, ids.shape[2],
         k.shape[1], q_len, k.shape[2], site.offset, site.window or 0, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
-        *grad_lse_strides, *dq.stride()[:3], *mask_strides(site.valid), *extra.arguments, G=group,
-        N=ids.shape[3], R=site.query_tile, L=site.block, D=head_dim, DV=value_dim,
-        DP=padded_dim(head_dim), DVP=padded_dim(value_dim), M=launch.rows, BN=launch.keys,
-        CHUNKS=chunks, CAUSAL=site.causal,
-        WINDOWED=site.window is not None, PADDED=site.valid is not None, NEGATIVE=site.scale < 0,
-        LSE_GRADIENT=grad_lse is not None, **extra.flags, num_warps=launch.warps,
-        num_stages=launch.stages, maxnreg=launch.registers,
+        *grad_lse_strides, *dq.stride()[:3], weights_of(gate, lse), *mask_strides(site.valid),
+        *extra.arguments, G=group, N=ids.shape[3], R=site.query_tile, L=site.block, D=head_dim,
+        DV=value_dim, DP=padded_dim(head_dim), DVP=padded_dim(value_dim), M=launch.rows,
+        BN=launch.keys, CHUNKS=chunks, CAUSAL=site.causal, WINDOWED=site.window is not None,
+        PADDED=site.valid is not None, NEGATIVE=site.scale < 0, GIVEN=given,
+        LSE_GRADIENT=grad_lse is not None, GATED=gate is not None, ADDED=added, **extra.flags,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
 
 
-def _launch_key(grad_out, q, k, v, lse, ids, dk, dv, delta, site, extra):
+def _launch_key(upstream, q, k, v, lse, ids, dk, dv, delta, site, extra):
+    grad_out, gate, (_, added) = upstream.grad_out, upstream.gate, upstream.added
     batch, kv_heads, kv_len, head_dim = k.shape
     value_dim, group, tiles = v.shape[3], q.shape[1] // kv_heads, ids.shape[2]
     query_tile, block = site.query_tile, site.block
@@ -432,11 +535,13 @@ def _launch_key(grad_out, q, k, v, lse, ids, dk, dv, delta, site, extra):
         mask_pointer(site.valid, q), dk, dv, abs(site.scale) * LOG2_E, pairs, kv_heads, q.shape[2],
         kv_len, site.offset, site.window or 0, blocks, slots, readers.shape[1], *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
-        *dv.stride()[:3], *mask_strides(site.valid), *extra.arguments, **shape, BN=keys,
-        BM=launch.rows, PIECE=piece, PIECE_PAD=triton.next_power_of_2(min(piece, tiles)),
+        *dv.stride()[:3], weights_of(gate, lse), *mask_strides(site.valid), *extra.arguments,
+        **shape, BN=keys, BM=launch.rows, PIECE=piece,
+        LEADING=triton.next_power_of_2(min(piece, tiles, max(128, block // query_tile + 2))),
         PIECES=pieces, CAUSAL=site.causal, WINDOWED=site.window is not None,
-        PADDED=site.valid is not None, NEGATIVE=site.scale < 0, **extra.flags,
-        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
+        PADDED=site.valid is not None, NEGATIVE=site.scale < 0,
+        GATED=gate is not None, ADDED=added, **extra.flags, num_warps=launch.warps,
+        num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     if slots == 0:
         return
@@ -444,7 +549,7 @@ def _launch_key(grad_out, q, k, v, lse, ids, dk, dv, delta, site, extra):
         _join_pieces[(pairs * blocks,)](
             part, starts, slot_first, gradient, kv_heads, kv_len, blocks, slots,
             *gradient.stride()[:3], L=block, L_PAD=triton.next_power_of_2(block), D=dim,
-            DP=padded_dim(dim), PIECE=piece, num_warps=4,
+            DP=padded_dim(dim), PIECE=piece, ADDED=added, num_warps=4,
         )  # fmt: skip
 
 
@@ -459,9 +564,10 @@ def _invert(
     """
     pairs, width = ids.shape[0] * ids.shape[1], ids.shape[3]
     flat = ids.reshape(pairs, -1)
-    chosen, order = torch.where(flat < 0, blocks, flat).sort(dim=1, stable=True)
+    small = torch.int16 if blocks < 2**15 else torch.int32  # halves the passes of a radix sort
+    chosen, order = torch.where(flat < 0, blocks, flat).to(small).sort(dim=1, stable=True)
     readers = (order // width).to(torch.int32)
-    edges = torch.arange(blocks + 1, device=ids.device, dtype=torch.int32).expand(pairs, -1)
+    edges = torch.arange(blocks + 1, device=ids.device, dtype=small).expand(pairs, -1)
     starts = torch.searchsorted(chosen, edges.contiguous(), out_int32=True)
     count = starts.diff(dim=1)
     needed = torch.where(count > piece, (count + piece - 1) // piece, 0)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa_compile.kernels.attend import triton_gathered, triton_transposed
+from nsa_compile.kernels.attend import triton_few, triton_gathered
 from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.attend.triton_backward import backward
 from nsa_compile.kernels.attend.triton_rows import (
@@ -111,9 +111,10 @@ def _forward(
     N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
-    RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr,
-    CAPPED: tl.constexpr,
+    ADDED: tl.constexpr, RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr,
+    PLACED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
+    """With ``ADDED`` the softmax goes on from what ``out`` and ``lse`` hold."""
     entry, batch, kv_head, tile, chunk = program(tiles, kv_heads, CHUNKS)
     row = chunk * M + tl.arange(0, M)
     head = kv_head * G + row // R
@@ -138,9 +139,19 @@ def _forward(
     count = tl.load(counts + entry * 2 + 1)
     if BN % L != 0 and L % BN != 0:  # lanes past the block must be masked
         full = full * 0
-    acc = tl.zeros([M, DVP], tl.float32)
-    top = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
+    result = (batch * kv_heads * G + head) * q_len + query
+    o_rows = head.to(tl.int64) * o_head + query.to(tl.int64) * o_row
+    out += batch * o_batch
+    if ADDED:
+        if count == 0:
+            return
+        acc = load_rows(out, o_rows, 1, mine, DV, DVP, True).to(tl.float32)
+        top = tl.load(lse + result, mask=mine, other=float("-inf")) * 1.4426950408889634
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
+    else:
+        acc = tl.zeros([M, DVP], tl.float32)
+        top = tl.full([M], float("-inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
     steps, covered = whole_steps(full, L, BN)
     acc, top, total = _forward_steps(
         acc, top, total, q_tile, k_base, v_base, valid_base, key_segments, positions, ids_base, 0,
@@ -160,10 +171,8 @@ def _forward(
     log_sum = tl.where(
         alive, (top + tl.log2(tl.where(alive, total, 1.0))) * 0.6931471805599453, float("-inf")
     )
-    place = (batch * kv_heads * G + head) * q_len + query
-    o_rows = head.to(tl.int64) * o_head + query.to(tl.int64) * o_row
-    store_rows(out + batch * o_batch, o_rows, 1, mine, acc, DV, DVP)
-    tl.store(lse + place, log_sum, mask=mine)
+    store_rows(out, o_rows, 1, mine, acc, DV, DVP)
+    tl.store(lse + result, log_sum, mask=mine)
 
 
 def forward(
@@ -171,21 +180,30 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, Hq, Tq, Dv] in q's dtype, token-major, and lse [B, Hq, Tq] in float32."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    tiled = functools.partial(_tiled, q, k, v)
-    for kernels in (triton_transposed, triton_gathered):
-        if kernels.serves(q, k, v, site):
-            return kernels.forward(q, k, v, block_indices, site, tiled)
+    if triton_few.serves(q, k, v, site):
+        parts = triton_few.parts_of(q, k, block_indices, site, False)
+        return _tiled(q, k, v, *parts.left, _tiled(q, k, v, *parts.shared))
+    if triton_gathered.serves(q, k, v, site):
+        tiled = functools.partial(_tiled, q, k, v)
+        return triton_gathered.forward(q, k, v, block_indices, site, tiled)
     return _tiled(q, k, v, block_indices, site)
 
 
 def _tiled(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, site: Site
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A program for the rows of each tile, or for some of them."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, site: Site,
+    onto: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """A program for the rows of each tile, or for some of them.
+
+    ``onto``: out and lse of other blocks; the softmax then runs over those too.
+    """
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    out = empty_token_major(q, batch, q_heads, q_len, value_dim)
-    lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
+    if onto is None:
+        out = empty_token_major(q, batch, q_heads, q_len, value_dim)
+        lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
+    else:
+        out, lse = onto
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
     ids, counts = order_blocks(block_indices, q_len, kv_len, site)
@@ -200,7 +218,7 @@ def _tiled(
         R=site.query_tile, L=site.block, D=head_dim, DV=value_dim, DP=padded_dim(head_dim),
         DVP=padded_dim(value_dim), M=launch.rows, BN=launch.keys, CHUNKS=chunks,
         CAUSAL=site.causal, WINDOWED=site.window is not None, PADDED=site.valid is not None,
-        NEGATIVE=site.scale < 0, **extra.flags, num_warps=launch.warps,
+        NEGATIVE=site.scale < 0, ADDED=onto is not None, **extra.flags, num_warps=launch.warps,
         num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return out, lse

@@ -54,6 +54,22 @@ _MIXED_TILE, _MIXED_BLOCK = 1 << 40, 1 << 41
 SHORT: dict[tuple[str, bool, int], Launch] = {
     ("forward", True, 128): Launch(64, 64, 4, 2),
 }
+# At 16 rows or fewer one warp does; many programs hide each other's loads. 64/4 heads, a program a
+# query, 13 blocks each, ms by keys and stages. Forward: 32 and 2 13.7, 32 and 3 14.2, 32 and 4
+# 14.9, 16 and 4 14.9, 64 and 2 16.5; with two warps 64 and 2 14.7, 32 and 3 16.5. Query side: 32
+# and 2 14.6, 32 and 3 15.1, 16 and 3 14.9, 64 and 2 19.6; with two warps 64 and 2 15.3, 32 and 3
+# 16.1. With keys on the long side and heads on the short one 15.2 and 15.0. All read 110 GB of keys
+# and values, which the counters show at 73% and 79% of what the L2 cache can do.
+FEW: dict[tuple[str, bool, int], Launch] = {
+    ("forward", True, 128): Launch(16, 32, 1, 2),
+    ("query", True, 128): Launch(16, 32, 1, 2),
+}
+# Rows of short tiles are gathered on the key side, and pointers to 64 of them spill registers.
+# Token granular, ms at 64/4 and 32/8 heads: 32 rows and 2 stages 13.7 and 7.3, 3 stages 13.7 and
+# 8.6, 64 rows and 2 14.3 and 8.0; read head by head 19.9 and 10.5. At 32/32 heads, an earlier
+# version: 32 rows 12.8, 64 rows 11.3.
+SHORT_KEY: dict[tuple[bool, int], Launch] = {(True, 128): Launch(32, 64, 4, 2)}
+LEAST_SHORT_ROWS = 4
 
 
 @triton.jit
@@ -293,12 +309,14 @@ def launch_for(
     if kernel != "key":
         rows = program_rows(launch.rows, group, query_tile)
         if rows <= 64:
-            launch = SHORT.get(key, launch)
+            launch = (FEW if rows <= 16 else SHORT).get(key, launch)
         launch = launch._replace(rows=rows)
         if q.element_size() == 2:
             launch = launch._replace(warps=warps_for(launch, rows))
         if rows < 64:  # too few for the warpgroup's product; its register limit would only spill
             launch = launch._replace(registers=None)
+    elif query_tile % launch.rows and group * query_tile >= LEAST_SHORT_ROWS:
+        launch = SHORT_KEY.get(key[1:], launch)
     lone = triton.next_power_of_2(block)
     if lone != block:  # not a power of two: a step reads one block, its last lanes masked
         launch = launch._replace(keys=max(16, lone))

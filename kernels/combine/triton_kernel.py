@@ -49,13 +49,18 @@ def _combine(
 
 
 @triton.jit
+def _gate_gradient(grad, x, dgate, place, mine, dg_at, D: tl.constexpr, DP: tl.constexpr):
+    total = tl.sum(grad * load_rows(x, place, 1, mine, D, DP, True).to(tl.float32), 1)
+    tl.store(dgate + dg_at, total.to(dgate.dtype.element_ty), mask=mine)
+    return total
+
+
+@triton.jit
 def _branch_gradient(
     grad, gate, x, dgate, dx, place, mine, g_at, dg_at, D: tl.constexpr, DP: tl.constexpr
 ):
     weight = tl.load(gate + g_at, mask=mine, other=0.0).to(tl.float32)
-    branch = load_rows(x, place[0], 1, mine, D, DP, True).to(tl.float32)
-    total = tl.sum(grad * branch, 1)
-    tl.store(dgate + dg_at, total.to(dgate.dtype.element_ty), mask=mine)
+    _gate_gradient(grad, x, dgate, place[0], mine, dg_at, D, DP)
     store_rows(dx, place[1], 1, mine, grad * weight[:, None], D, DP)
 
 
@@ -79,6 +84,40 @@ def _combine_backward(
     c_at = batch * c_batch + head * c_head + query * c_row
     g_at += g_branch
     _branch_gradient(upstream, gates, c, dgates, dc, (c_at, d_at), mine, g_at, dg_at + 2, D, DP)
+
+
+@triton.jit
+def _gate_gradients(
+    grad, gates, a, b, c, dgates, weights, delta, da, db, heads, q_len, total, o_batch, o_head,
+    o_row, g_batch, g_head, g_row, g_branch, a_batch, a_head, a_row, b_batch, b_head, b_row,
+    c_batch, c_head, c_row, d_batch, d_head, d_row, D: tl.constexpr, DP: tl.constexpr,
+    M: tl.constexpr, WANTED: tl.constexpr,
+):  # fmt: skip
+    """dg; g and dg in float32, branch by branch; da, and db if it is ``WANTED``."""
+    batch, head, query, mine = _rows(heads, q_len, total, M)
+    at = batch * o_batch + head * o_head + query * o_row
+    upstream = load_rows(grad, at, 1, mine, D, DP, True).to(tl.float32)
+    place = (batch * heads + head) * q_len + query
+    at = batch * a_batch + head * a_head + query * a_row
+    first = _gate_gradient(upstream, a, dgates, at, mine, place * 3, D, DP)
+    tl.store(delta + place, first, mask=mine)
+    at = batch * b_batch + head * b_head + query * b_row
+    second = _gate_gradient(upstream, b, dgates, at, mine, place * 3 + 1, D, DP)
+    tl.store(delta + total + place, second, mask=mine)
+    at = batch * c_batch + head * c_head + query * c_row
+    third = _gate_gradient(upstream, c, dgates, at, mine, place * 3 + 2, D, DP)
+    tl.store(delta + 2 * total + place, third, mask=mine)
+    g = gates + batch * g_batch + head * g_head + query * g_row
+    weight = tl.load(g, mask=mine, other=0.0).to(tl.float32)
+    tl.store(weights + place, weight, mask=mine)
+    at = batch * d_batch + head * d_head + query * d_row
+    store_rows(da, at, 1, mine, upstream * weight[:, None], D, DP)
+    weight = tl.load(g + g_branch, mask=mine, other=0.0).to(tl.float32)
+    tl.store(weights + total + place, weight, mask=mine)
+    if WANTED:
+        store_rows(db, at, 1, mine, upstream * weight[:, None], D, DP)
+    weight = tl.load(g + 2 * g_branch, mask=mine, other=0.0).to(tl.float32)
+    tl.store(weights + 2 * total + place, weight, mask=mine)
 
 
 def combine(
@@ -112,6 +151,31 @@ def combine_backward(
     else:
         dgates.zero_()
     return dgates, *gradients
+
+
+def gate_gradients(
+    grad: torch.Tensor, gates: torch.Tensor, compressed: torch.Tensor, selected: torch.Tensor,
+    window: torch.Tensor, wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """dgates; float32 [2, 3, B, Hq, Tq], gates and their gradients; then the gradients of the first
+    branch and, if it is ``wanted``, of the second."""
+    grad, *branches = (dense_rows(x) for x in (grad, compressed, selected, window))
+    dgates = gates.new_empty(gates.shape)
+    rows = gates.new_empty(2, 3, *gates.shape[:3], dtype=torch.float32)
+    first = empty_token_major(grad, *grad.shape)
+    second = empty_token_major(grad, *grad.shape) if wanted else None
+    grid, sizes, constants = _launch(grad)
+    if grad.numel():
+        _gate_gradients[grid](
+            grad, gates, *branches, dgates, rows[0], rows[1], first,
+            first if second is None else second, *sizes, *grad.stride()[:3], *gates.stride(),
+            *(stride for x in branches for stride in x.stride()[:3]), *first.stride()[:3],
+            **constants, WANTED=wanted,
+        )  # fmt: skip
+    else:
+        dgates.zero_()
+        rows.zero_()
+    return dgates, rows, first, second
 
 
 def _launch(out: torch.Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:

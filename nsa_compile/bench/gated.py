@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nsa_compile import functional
 from nsa_compile.bench.settings import Settings
-from nsa_compile.passes import merges
 from nsa_compile.passes.selected import gated_choice
 
 
@@ -62,7 +61,10 @@ class GatedPath:
             return out
 
         def window() -> Tensor:
-            return merges.sliding_window(q, k, v, None, None, scale, True, 0, s.window)[0]
+            out: Tensor = ops.sliding_window_attention(
+                q, k, v, None, None, scale, True, 0, s.window
+            )[0]
+            return out
 
         pooled = compress()
         o_cmp, lse = compressed(*pooled)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.gpu.test_kernels import CASES, COMPRESSED, GATHERED, TERMS, TRANSPOSED
+from tests.gpu.test_kernels import CASES, COMPRESSED, GATHERED, LARGE_GROUPS, TERMS
 from tests.kernels import triton_cases
 
 _SHAPES = (
@@ -21,7 +21,7 @@ _SHAPES = (
 )  # fmt: skip
 _TERMS = ("random ranges, window, padding", "mixed segments, padding", "alibi, block 24", "cap")
 _GATHERED = ("group 7, dims 80", "block 24", "window and padding")
-_TRANSPOSED = ("group 12, dims 80", "group 16, window and padding", "tile 4")
+_FEW = ("group 12, dims 80", "group 16, window and padding", "tile 4")
 _COMPRESSED = ("group 7", "padding", "2000 keys")
 
 
@@ -36,9 +36,9 @@ def main() -> None:
     for name in _GATHERED:
         triton_cases.gathered(GATHERED[name], dtype, device, scratch=1 << 17)
         print("gathered,", name, flush=True)
-    for name in _TRANSPOSED:
-        triton_cases.transposed(TRANSPOSED[name], dtype, device)
-        print("transposed,", name, flush=True)
+    for name in _FEW:
+        triton_cases.few(LARGE_GROUPS[name], dtype, device)
+        print("few,", name, flush=True)
     for name in _COMPRESSED:
         triton_cases.compressed(COMPRESSED[name], dtype, device)
         print("compressed,", name, flush=True)

@@ -134,7 +134,7 @@ def test_gathered_attention(name: str, scratch: int, dtype: torch.dtype) -> None
 
 
 # Token-granular lists of large groups, a program a query.
-TRANSPOSED = {
+LARGE_GROUPS = {
     "group 16, 2000 keys": GATHERED["group 16, 2000 keys"],
     "group 16, padding": GATHERED["group 16, padding"],
     "group 12, dims 80": _TOKENS._replace(heads=24, dim=80, value_dim=80),
@@ -146,10 +146,28 @@ TRANSPOSED = {
 }
 
 
+# The three branches with one backward, by every kernel that serves the selected one.
+GATED = {
+    "tile 64": MASKS["2000 keys"],
+    "tile 64, group 1, padding": MASKS["padding"]._replace(heads=2),
+    "group 4": GATHERED["group 4"],
+    "group 4, 2000 keys": MASKS["2000 keys"]._replace(heads=8, query_tile=1, count=16),
+    "group 16, 2000 keys": GATHERED["group 16, 2000 keys"],
+    "not causal, dims 192 and 128": GATHERED["not causal, dims 192 and 128"],
+    "negative scale and offset": GATHERED["negative scale and offset"],
+}
+
+
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", TRANSPOSED)
-def test_transposed_attention(name: str, dtype: torch.dtype) -> None:
-    triton_cases.transposed(TRANSPOSED[name], dtype, "cuda")
+@pytest.mark.parametrize("name", GATED)
+def test_gated_backward(name: str, dtype: torch.dtype) -> None:
+    triton_cases.gated(GATED[name], dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", LARGE_GROUPS)
+def test_attention_of_large_groups(name: str, dtype: torch.dtype) -> None:
+    triton_cases.few(LARGE_GROUPS[name], dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])

@@ -51,6 +51,14 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
         *tiling, site.init_blocks, site.local_window, "interpolate",
     )  # fmt: skip
     scaled = (*site.terms()[:4], *site.mask, *tiling)
+    window = (valid, rich.terms()[1], *plain_terms[2:5], site.local_window)
+    windowed = [x.detach() for x in nsa.sliding_window_attention(q, k, v, *window)]
+    of_branches = (*plain_terms[:7], site.local_window, *tiling)
+    learned = [x.detach().requires_grad_(requires_grad) for x in (pooled, pooled_values)]
+    gated = (gates, q, k, v, *learned, *(x.detach() for x in plain_pooled), blocks, None)
+    remembered = (*gated[:4], None, None, branches[0], None, *gated[8:], *of_branches)
+    given = (*gated[:8], None, branches[1], *of_branches)
+    gated = (*gated, *of_branches)
     return {
         "selection_scale": chosen,
         "selection_scale_backward": (
@@ -87,6 +95,14 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
             *(q, k, pooled, *site.terms(), "mean", *select[1:]),
             pooled_lse.detach(),
         ),
+        "gated_attention": gated,
+        "gated_attention, memory": remembered,
+        "gated_attention, selected": given,
+        "gated_attention_backward": _backward_arguments(branches[0], gated),
+        "gated_attention_backward, memory": _backward_arguments(branches[0], remembered),
+        "gated_attention_backward, selected": _backward_arguments(branches[0], given),
+        "sliding_window_attention": (q, k, v, *window),
+        "sliding_window_attention_backward": (windowed[0], None, *detached[:3], *windowed, *window),
         "compressed_attention": (*over_pooled, *plain_terms),
         "compressed_attention, terms": (*over_pooled, *terms),
         "compressed_attention_backward": (plain_detached[3], None, *plain_detached, *plain_terms),
@@ -95,6 +111,13 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
         "selected_attention_backward": (detached[3], None, *detached, *attention),
         "selected_attention_backward, lse": (detached[3], detached[4], *detached, *attention),
     }
+
+
+def _backward_arguments(grad: torch.Tensor, forward: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of the backward of nsa::gated_attention."""
+    tensors = [x if x is None else x.detach() for x in forward[:10]]
+    saved = nsa.gated_attention(*tensors, *forward[10:])[1:]
+    return grad.detach(), *tensors, *saved, *forward[10:]
 
 
 NAMES = list(calls(Site(), False, 0))

@@ -159,26 +159,31 @@ def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any
         assert torch.equal(once, twice), "two runs differ"
 
 
-def gathered(case: Case, dtype: torch.dtype, device: str = "cpu", scratch: int = 1 << 12) -> None:
-    """``attend`` with short lists gathered too; little scratch memory makes many rounds."""
-    from nsa_compile.kernels.attend import triton_gathered, triton_transposed
+def gathered(
+    case: Case, dtype: torch.dtype, device: str = "cpu", scratch: int = 1 << 12,
+    check: Callable[..., None] = attend,
+) -> None:  # fmt: skip
+    """``check`` with short lists gathered too; little scratch memory makes many rounds."""
+    from nsa_compile.kernels.attend import triton_few, triton_gathered
 
     constants = {"LEAST_QUERIES": 1, "MOST_ROWS": 64, "PIECE_ROWS": 64, "SCRATCH_BYTES": scratch}
-    only = replaced(triton_transposed, {"MOST_ROWS": 0})
+    only = replaced(triton_few, {"MOST_ROWS": 0})
     with only, replaced(triton_gathered, constants):
-        attend(case, dtype, device)
+        check(case, dtype, device)
 
 
-def transposed(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """``attend`` by a program a query with the keys on the long side, also for short inputs."""
-    from nsa_compile.kernels.attend import triton_transposed
+def few(
+    case: Case, dtype: torch.dtype, device: str = "cpu", check: Callable[..., None] = attend
+) -> None:
+    """``check`` by a program a query after the shared blocks, also for short inputs."""
+    from nsa_compile.kernels.attend import triton_few
 
     constants = {
         "LEAST_QUERIES": 1, "LEAST_ROWS": 1, "MOST_ROWS": 64, "MOST_BYTES": 4,
         "BLOCKS": (case.block,),
     }  # fmt: skip
-    with replaced(triton_transposed, constants):
-        attend(case, dtype, device)
+    with replaced(triton_few, constants):
+        check(case, dtype, device)
 
 
 def gathers(case: Case) -> bool:
@@ -441,3 +446,87 @@ def combine(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     assert relative_error(got, out) < most
     for name, x, true in zip(("gates", "cmp", "slc", "win"), grads, expected, strict=True):
         assert relative_error(x, true) < most_grad, f"d{name}"
+
+
+def gated(case: Case, dtype: torch.dtype, device: str = "cpu", branches: str = "all") -> None:
+    """The one backward of the gated sum, at gates of either sign; ``branches`` names what is there.
+
+    "remembered": the compressed branch has a gradient of its own; "given": so does the selected.
+    """
+    import nsa_compile.kernels.library  # noqa: F401
+    from nsa_compile.kernels.gated import triton_kernel
+    from nsa_compile.kernels.gated.op import Saved
+    from nsa_compile.kernels.gated.site import Site as GatedSite
+
+    _, k_cmp, v_cmp, _ = compressed_inputs(case, dtype)
+    q, k, v, valid = inputs(case, dtype)
+    generator = torch.Generator().manual_seed(6)
+    gates = torch.randn(3, *q.shape[:3], generator=generator).to(dtype).movedim(0, -1)
+    blocks = None if branches == "given" else random_blocks(case)
+    compression = (case.compress_block, case.compress_stride)
+    exact = [x.double().requires_grad_() for x in (gates, q, k, v, k_cmp, v_cmp)]
+    out, o_cmp, o_slc = _gated_reference(case, exact, blocks, valid, branches)
+    grad = torch.randn(out.shape, generator=generator).to(dtype)
+    wanted = exact[:4] if branches == "remembered" else exact
+    wanted = [*wanted, *{"remembered": [o_cmp], "given": [o_slc]}.get(branches, [])]
+    expected = torch.autograd.grad(out, wanted, grad.double())
+
+    site = GatedSite(
+        valid if valid is None else valid.to(device), None, case.scale, case.causal, case.offset,
+        *compression, case.local_window, case.query_tile, case.block,
+    )  # fmt: skip
+    given = [x.to(device) for x in (gates, q, k, v, k_cmp, v_cmp)]
+    attention = torch.ops.nsa.compressed_attention
+    compressed, lse = attention(*given[1::3], given[5], *site.compressed(case.kv_len))
+    if branches == "remembered":
+        given[4:], lse = [None, None], None
+    blocks = blocks if blocks is None else blocks.to(device)
+    selected = o_slc.detach().to(device, dtype) if blocks is None else None
+    before = (*given, compressed, lse, blocks, selected)
+    arguments = tuple(getattr(site, name) for name in GatedSite.__dataclass_fields__)
+    results = torch.ops.nsa.gated_attention(*before, *arguments)
+    with poisoned():
+        runs = [
+            triton_kernel.backward(grad.to(device), Saved(*before, *results[1:]), site)
+            for _ in range(2)
+        ]
+    most, most_grad = TOLERANCE[dtype]
+    assert relative_error(results[0], out) < most
+    names = ("gates", "q", "k", "v", "k_cmp", "v_cmp", "compressed", "selected")
+    runs = [(found.dgates, *found.dqkv, *found[2:]) for found in runs]
+    expected = iter(expected)
+    for name, got, again in zip(names, *runs, strict=True):
+        if got is not None:
+            assert relative_error(got, next(expected)) < most_grad, f"d{name}"
+            assert torch.equal(got, again), "two runs differ"
+    assert next(expected, None) is None
+
+
+def _gated_reference(
+    case: Case, inputs: list[Tensor], blocks: Tensor | None, valid: Tensor | None, branches: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gated sum, its compressed and its selected branch, with explicit matrices."""
+    from nsa_compile.kernels.attend import reference
+    from nsa_compile.kernels.compressed import reference as compressed_reference
+
+    gates, q, k, v, k_cmp, v_cmp = inputs
+    sizes = (case.compress_block, case.compress_stride)
+    mask = (case.scale, case.causal, case.offset)
+    pooled = (q, k_cmp, v_cmp, valid, None)
+    o_cmp, _ = compressed_reference.compressed_attention(*pooled, *mask, *sizes)
+    if branches == "remembered":
+        o_cmp = o_cmp.detach().requires_grad_()
+    terms = (valid, *(None,) * 5)
+    logits = (case.scale, 0.0, case.causal, case.offset)
+    tiling = (case.query_tile, case.block)
+    if blocks is None:
+        o_slc = o_cmp.detach().flip(2).requires_grad_()
+    else:
+        o_slc, _ = reference.selected_attention(q, k, v, blocks, *terms, *logits, None, *tiling)
+    tiles, every = -(-case.q_len // case.query_tile), -(-case.kv_len // case.block)
+    everything = torch.arange(every, dtype=torch.int32).expand(case.batch, case.kv_heads, tiles, -1)
+    o_win, _ = reference.selected_attention(
+        q, k, v, everything, *terms, *logits, case.local_window, *tiling
+    )
+    out = (torch.stack((o_cmp, o_slc, o_win), -1) * gates[..., None, :]).sum(-1)
+    return out, o_cmp, o_slc

@@ -1,4 +1,4 @@
-"""Token-granular attention with the keys on the long side, in the interpreter, against float64."""
+"""Token-granular attention of large groups, a program a query, interpreted, against float64."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_reference(name: str, interpreted) -> None:
-    interpreted(triton_cases.transposed, CASES[name], torch.float32)
+    interpreted(triton_cases.few, CASES[name], torch.float32)
 
 
 def test_half_precision(interpreted) -> None:
-    interpreted(triton_cases.transposed, CASES["group of twelve"], torch.float16)
+    interpreted(triton_cases.few, CASES["group of twelve"], torch.float16)
 
 
 @pytest.mark.parametrize(
     "terms", [{"ranges": "random"}, {"segments": "documents"}, {"slopes": True}, {"softcap": 2.0}]
 )
 def test_other_terms_go_to_the_tile_kernel(terms: dict[str, object], interpreted) -> None:
-    interpreted(triton_cases.transposed, _TOKENS._replace(**terms, q_len=6), torch.float32)
+    interpreted(triton_cases.few, _TOKENS._replace(**terms, q_len=6), torch.float32)

@@ -1,0 +1,1 @@
+"""Attention over the nearest keys, nsa::sliding_window_attention."""
