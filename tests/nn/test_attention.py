@@ -92,6 +92,9 @@ def test_odd_lengths(length: int, causal: bool, selected: int) -> None:
         {"num_compressed_mem_kv": 0, "compress_mlp_expand_factor": 0.5},
         {"num_compressed_mem_kv": 3, "compress_mlp": "attention", "causal": True},
         {"compress_mlp": "mean", "selection_block_size": 16, "num_selected_blocks": 1},
+        {"use_diff_topk": True, "kv_heads": 2, "causal": True},
+        {"use_diff_topk": True, "query_heads_share_selected_kv": False, "kv_heads": 1},
+        {"use_diff_topk": True, "selection_block_size": 4, "interpolated_importance_score": True},
     ],
     ids=str,
 )
@@ -132,7 +135,15 @@ def test_modules_compress_and_gate() -> None:
     assert all(p.grad is not None for p in layer.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "num_selected_blocks": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kv_heads": 2, "num_selected_blocks": 1, "use_diff_topk": True},
+        {"kv_heads": 1, "selection_block_size": 2, "query_heads_share_selected_kv": False},
+    ],
+    ids=str,
+)
 def test_decoding_with_a_cache_is_the_same(options: dict[str, Any]) -> None:
     layer, x = made(causal=True, **options), tokens(37)
     out, cache, at = [], None, 0
