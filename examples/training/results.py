@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def document(corpus: Corpus, command: str, found: dict[str, dict[str, Any]]) -> 
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    text = json.dumps(document, indent=1)
+    flat = re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    path.write_text(flat + "\n")
 
 
 def table(settings: Settings, found: dict[str, dict[str, Any]]) -> Table:
