@@ -153,17 +153,9 @@ def complete_compressed(position: int, block: int, stride: int, count: int) -> i
     return max(0, min(count, (position + 1 - block) // stride + 1))
 
 
-def check_fold(compress_stride: int, block: int) -> None:
-    """Blocks and strides must begin together: one has to be a multiple of the other.
-
-    Raises:
-        ValueError: when neither is.
-    """
-    if block % compress_stride and compress_stride % block:
-        raise ValueError(
-            f"block must be a multiple of compress_stride or a divisor of it, got block={block} "
-            f"and compress_stride={compress_stride}"
-        )
+def fold_phases(compress_stride: int, block: int) -> int:
+    """After how many blocks blocks and strides begin together again."""
+    return compress_stride // math.gcd(compress_stride, block)
 
 
 @functools.lru_cache(maxsize=256)
@@ -173,7 +165,7 @@ def fold_weights(
     """How the probabilities of compressed blocks add up to the score of a selection block.
 
     Selection block s, the tokens ``[s * L, (s + 1) * L)``, takes ``weight`` of the compressed block
-    ``c = s * L // d + delta`` for the pairs (delta, weight) of its phase ``s % max(1, d // L)``:
+    ``c = s * L // d + delta`` for the pairs (delta, weight) of its phase ``s % fold_phases(d, L)``:
 
         overlap       |tokens of c inside s| / d
         interpolate   sum over the tokens j of s of max(0, 1 - |j - m_c| / d) / d
@@ -187,10 +179,9 @@ def fold_weights(
     under causality, it falls to 0 within a stride: the block to come has no probability yet, and
     how long the sequence will be must not matter.
     """
-    check_fold(compress_stride, block)
     phases = []
-    for phase in range(max(1, compress_stride // block)):
-        first, pairs = phase * block, []
+    for phase in range(fold_phases(compress_stride, block)):
+        first, pairs = phase * block % compress_stride, []
         for delta in fold_range(compress_block, compress_stride, block, importance):
             start = delta * compress_stride
             if importance == "overlap":
@@ -208,7 +199,8 @@ def fold_weights(
 
 def fold_range(compress_block: int, compress_stride: int, block: int, importance: str) -> range:
     """Every delta of :func:`fold_weights` that may have a weight."""
-    last = max(1, block // compress_stride)
+    # A block begins at most d - gcd(d, L) tokens behind a compressed one.
+    last = 1 + -(-(block - math.gcd(compress_stride, block)) // compress_stride)
     if importance == "overlap":
         return range(-((compress_block - 1) // compress_stride), last)
     return range(-1 - (compress_block - 1) // (2 * compress_stride), last + 1)

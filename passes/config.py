@@ -24,7 +24,7 @@ from nsa_compile.passes.config_checks import (
 __all__ = ["COMPRESSIONS", "NSAConfig", "NSAConfigError", "window_blocks"]
 
 # Fields left as None take the value of their merge. "gate" has the paper's sizes (arXiv 2502.11089,
-# section 4.1); "softmax" converts without training and needs a larger budget: docs/budget.md.
+# section 4.1); "softmax" converts without training and needs a larger budget.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "softmax": {
         "scorer": "channels",

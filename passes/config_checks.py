@@ -98,16 +98,10 @@ def _sizes(config: NSAConfig) -> None:
             raise NSAConfigError(
                 f"{name} must be a power of two between {least} and 256, got {value}"
             )
-    if config.compress_block % config.compress_stride:
+    if config.compress_block < config.compress_stride:
         raise NSAConfigError(
-            f"compress_block must be a multiple of compress_stride, got compress_block="
-            f"{config.compress_block} and compress_stride={config.compress_stride}"
-        )
-    small, large = sorted((config.select_block, config.compress_stride))
-    if large % small:
-        raise NSAConfigError(
-            f"select_block must be a multiple of compress_stride or a divisor of it, got "
-            f"select_block={config.select_block} and compress_stride={config.compress_stride}"
+            f"compress_block must be at least compress_stride, or tokens lie in no block, got "
+            f"compress_block={config.compress_block} and compress_stride={config.compress_stride}"
         )
     if config.candidates is not None and config.candidates < (config.num_selected or 0):
         raise NSAConfigError(

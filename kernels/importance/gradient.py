@@ -94,8 +94,9 @@ class _Work:
         Computed on the device: a copy from the host would wait for it.
         """
         site, block = self.site, self.choice.block
-        phases = torch.arange(max(1, site.stride // block), device=self.device)
-        tokens = torch.arange(block, device=self.device) + phases[:, None, None] * block
+        phases = torch.arange(geometry.fold_phases(site.stride, block), device=self.device)
+        first = phases[:, None, None] * block % site.stride
+        tokens = torch.arange(block, device=self.device) + first
         starts = self.deltas[:, None] * site.stride
         if self.choice.importance == "overlap":
             inside = (tokens >= starts) & (tokens < starts + site.block)
@@ -113,7 +114,7 @@ class _Work:
         grad = grad.where(free, 0.0) / rows[:, None]
         start = blocks.clamp(min=0) * choice.block
         index = torch.div(start, site.stride, rounding_mode="floor")[..., None] + self.deltas
-        phase = torch.div(start % site.stride, choice.block, rounding_mode="floor")
+        phase = blocks.clamp(min=0) % len(self.weights)
         share = grad[..., None] * self.weights[phase]
         if choice.importance == "interpolate":
             index = index.clamp(min=0) if site.causal else index.clamp(0, self.count - 1)

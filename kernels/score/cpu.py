@@ -302,7 +302,7 @@ class MeanScorer(_Scorer):
         """Add [tiles, columns] compressed-block weights to the blocks that take part of them."""
         sizes = (self.length, self.stride, self.tiling.block, self.importance)
         deltas, phases = geometry.fold_range(*sizes), geometry.fold_weights(*sizes)
-        step, before = max(1, self.tiling.block // self.stride), -deltas[0]
+        step, before = len(phases) * self.tiling.block // self.stride, -deltas[0]
         last = before + first + weight.shape[1]
         room = -(-out.shape[1] // len(phases)) * step + deltas[-1] + before
         padded = weight.new_zeros(len(weight), max(room, last))
@@ -316,7 +316,7 @@ class MeanScorer(_Scorer):
         for phase, pairs in enumerate(phases):
             mine = out[:, phase :: len(phases)]
             for delta, share in pairs:
-                start = before + delta
+                start = before + phase * self.tiling.block // self.stride + delta
                 columns = padded[:, start : start + (mine.shape[1] - 1) * step + 1 : step]
                 mine.add_(columns, alpha=share)
 

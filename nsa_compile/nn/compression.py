@@ -130,14 +130,15 @@ def cut(x: Tensor, block: int, stride: int) -> Tensor:
     Those behind the last complete block hold zeros from past the end and are for nobody to read:
     like this one compilation serves every length, down to those without a single block.
     """
-    overlap = block // stride
+    overlap = -(-block // stride)
     count = x.shape[2] // stride + 2
     batch, heads, length, dim = x.shape
     rows = count + overlap - 1
     # Not F.pad: torch would compile it for one length alone.
     beyond = x.new_zeros(batch, heads, rows * stride - length, dim)
     strides = torch.cat((x, beyond), 2).unflatten(2, (rows, stride))
-    return torch.cat([strides[:, :, at : at + count] for at in range(overlap)], 3)
+    blocks = torch.cat([strides[:, :, at : at + count] for at in range(overlap)], 3)
+    return blocks[..., :block, :]
 
 
 def _softmax(logits: Tensor, real: Tensor | None) -> Tensor:

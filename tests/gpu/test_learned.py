@@ -14,7 +14,8 @@ import nsa_compile
 from nsa_compile import functional
 from nsa_compile.nn import NSAParameters
 from nsa_compile.passes import merges
-from nsa_compile.passes.config import COMPRESSIONS, SELECTORS, NSAConfig
+from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.config_checks import COMPRESSIONS, SELECTORS
 from nsa_compile.passes.selectors import choose
 
 pytestmark = [

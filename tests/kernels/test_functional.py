@@ -148,9 +148,6 @@ WRONG = {
     "scorer must be 'channels' or 'mean', got 'max'": lambda: functional.select_blocks(
         q, k, scorer="max"
     ),
-    "or a divisor of it, got block=64 and compress_stride=24": lambda: functional.select_blocks(
-        q, k, scorer="mean", compress_stride=24
-    ),
     "k_cmp must be [B, Hkv, Nc, D] = [2, 2, 11, 16] in torch.float32": lambda: (
         functional.select_blocks(q, k, scorer="mean", k_cmp=k)
     ),

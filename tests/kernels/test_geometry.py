@@ -70,11 +70,6 @@ def test_overlap_weights_count_tokens(length: int, stride: int, block: int) -> N
             assert weights.get(c - s * block // stride, 0) == inside / stride
 
 
-def test_stride_that_does_not_divide_the_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="compress_stride or a divisor of it, got block=64"):
-        geometry.fold_weights(48, 24, 64, "overlap")
-
-
 def test_budget_that_cannot_hold_the_forced_blocks_is_refused() -> None:
     sizes = {"query_tile": 64, "q_len": 4096, "kv_len": 4096, "causal": True, "window": None}
     budget = {"init_blocks": 1, "local_window": 512, "block": 64}

@@ -16,7 +16,7 @@ from tests.kernels.triton_cases import Case
 # Compression block and stride, selection block.
 SIZES = (
     (32, 16, 64), (8, 4, 8), (8, 4, 4), (8, 4, 2), (8, 2, 2), (8, 8, 4), (4, 4, 2), (8, 1, 2),
-    (7, 7, 14), (16, 8, 2),
+    (7, 7, 14), (16, 8, 2), (8, 6, 8), (5, 2, 8), (5, 4, 2), (7, 3, 4), (6, 6, 4), (48, 24, 64),
 )  # fmt: skip
 
 
@@ -79,6 +79,13 @@ SITES = {
     "block 4": SMALL,
     "block 2": SMALL.but(block=2, local_window=3),
     "block 2, stride 8": SMALL.but(block=2, local_window=3, compress_stride=8),
+    "stride 6": SMALL.but(block=8, local_window=9, compress_stride=6),
+    "compressed 5, stride 2": SMALL.but(
+        block=8, local_window=9, compress_block=5, compress_stride=2
+    ),
+    "compressed 7, stride 3, not causal": SMALL.but(
+        compress_block=7, compress_stride=3, causal=False, padding="right", batch=2
+    ),
     "block 2, tile 16": SMALL.but(block=2, local_window=1, query_tile=16, num_selected=14),
     "block 4, G=3, padding": SMALL.but(group=3, padding="scattered", batch=2),
     "not causal": SMALL.but(causal=False),
@@ -119,6 +126,10 @@ CASES = {
     "block 4": FEW,
     "block 2": FEW._replace(block=2, local_window=3),
     "block 2, stride 8": FEW._replace(block=2, local_window=3, compress_stride=8),
+    "stride 6": FEW._replace(block=8, local_window=9, compress_stride=6),
+    "compressed 5, stride 2": FEW._replace(
+        block=8, local_window=9, compress_block=5, compress_stride=2, padded=True, batch=2
+    ),
     "block 2, tile 16, padding": FEW._replace(
         block=2, local_window=1, query_tile=16, q_len=13, count=14, padded=True, batch=2
     ),

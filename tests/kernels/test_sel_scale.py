@@ -28,6 +28,7 @@ SITES = {
     "token granular": SMALL,
     "block 2": SMALL.but(block=2),
     "block 2, stride 8": SMALL.but(block=2, compress_stride=8),
+    "stride 6": SMALL.but(block=8, compress_stride=6),
     "block 8, G=3": SMALL.but(block=8, group=3),
     "tile 8, short last": SMALL.but(query_tile=8, num_selected=9, local_window=5),
     "not causal": SMALL.but(causal=False),

@@ -88,6 +88,7 @@ def test_odd_lengths(length: int, causal: bool, selected: int) -> None:
     [
         {"kv_heads": 2},
         {"kv_heads": 1, "causal": True, "compress_block_sliding_stride": None},
+        {"compress_block_size": 5, "compress_block_sliding_stride": 2, "causal": True},
         {"norm": False, "rotary": False},
         {"num_compressed_mem_kv": 0, "compress_mlp_expand_factor": 0.5},
         {"num_compressed_mem_kv": 3, "compress_mlp": "attention", "causal": True},
@@ -225,8 +226,8 @@ def test_copies_and_dtypes() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"compress_block_sliding_stride": 5},
-         "compress_block_size=8 and compress_block_sliding_stride=5"),
+        ({"compress_block_sliding_stride": 9},
+         "compress_block_size=8 and compress_block_sliding_stride=9"),
         ({"compress_mlp": "mean", "compress_mlp_expand_factor": 2.0},
          "compress_mlp_expand_factor=2.0 .* got compress_mlp='mean'"),
         ({"kv_heads": 3}, "heads=4 and kv_heads=3"),

@@ -87,6 +87,9 @@ def test_padding_never_enters(kind: str) -> None:
         {"select_block": 16, "num_selected": 5, "query_tile": 16},
         {"compress_stride": 8, "compression": "conv"},
         {"compress_stride": 2, "compression": "attention"},
+        {"compress_block": 5, "compress_stride": 2, "compression": "linear"},
+        {"compress_stride": 6, "compression": "mlp", "num_mem_kv": 1},
+        {"compress_block": 7, "compress_stride": 3},
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,16 @@ def learns(maker: str, sizes: Sizes, steps: int, checkpointed: bool, inner: str)
     assert all(row.decision == "converted" for row in rows)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("maker", list(MODELS))
+_EVERY_DAY = {("llama", False), ("gpt2", False), ("nanogpt", True)}
+
+
+@pytest.mark.parametrize(
+    ("maker", "checkpointed"),
+    [
+        pytest.param(*case, marks=() if case in _EVERY_DAY else pytest.mark.slow)
+        for case in itertools.product(MODELS, (False, True))
+    ],
+)
 def test_a_training_loop(maker: str, checkpointed: bool) -> None:
     learns(maker, Sizes(), 30, checkpointed, "aot_eager" if checkpointed else "eager")
 
@@ -68,7 +77,9 @@ def test_a_longer_training_loop(maker: str) -> None:
     learns(maker, Sizes(width=64, length=256), 30, True, "inductor")
 
 
-@pytest.mark.parametrize("maker", list(MODELS))
+@pytest.mark.parametrize(
+    "maker", [pytest.param(x, marks=() if x == "llama" else pytest.mark.slow) for x in MODELS]
+)
 def test_fifty_steps_then_a_fresh_model_says_the_same(maker: str, tmp_path: Path) -> None:
     sizes = Sizes(layers=1)
     model = prepared(maker, sizes, False)
