@@ -13,7 +13,7 @@ from nsa_compile.kernels import geometry
 from nsa_compile.kernels.attend import cpu, dense
 from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.autocast import register_autocast
-from nsa_compile.kernels.autograd import once_differentiable
+from nsa_compile.kernels.autograd import differentiable_attention
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.layout import empty_token_major, token_major
 from nsa_compile.kernels.precision import accumulator
@@ -125,35 +125,8 @@ _lib.impl("selected_attention_backward", _backward(lambda: cpu), "CPU")
 _lib.impl("selected_attention_backward", _backward(lambda: launchers("attend")), "CUDA")
 
 
-# Of the arguments behind block_indices the first are tensors or None: valid to positions.
-_TENSORS = 6
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, block_indices, *rest = inputs
-    terms, ctx.sizes = rest[:_TENSORS], rest[_TENSORS:]
-    ctx.save_for_backward(q, k, v, *output, block_indices, *terms)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    q, k, v, out, lse, block_indices, *terms = ctx.saved_tensors
-    rest = (None,) * (1 + len(terms) + len(ctx.sizes))
-    if grad_out is None and grad_lse is None:
-        return None, None, None, *rest
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.nsa.selected_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, block_indices, *terms, *ctx.sizes
-    )
-    return *grads, *rest
-
-
-torch.library.register_autograd(
-    "nsa::selected_attention", _autograd, setup_context=_setup_context, lib=_lib
-)
-
-once_differentiable(_lib, "selected_attention_backward")
+# block_indices, and valid to positions.
+differentiable_attention(_lib, "selected_attention", 7)
 register_autocast(_lib, "selected_attention", "q", "k", "v")
 
 

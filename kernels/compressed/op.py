@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.kernels.autocast import register_autocast
-from nsa_compile.kernels.autograd import once_differentiable
+from nsa_compile.kernels.autograd import differentiable_attention
 from nsa_compile.kernels.compressed import cpu
 from nsa_compile.kernels.compressed.site import Site
 from nsa_compile.kernels.launchers import launchers
@@ -98,30 +98,7 @@ _lib.impl("compressed_attention_backward", _backward(lambda: cpu), "CPU")
 _lib.impl("compressed_attention_backward", _backward(lambda: launchers("compressed")), "CUDA")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k_cmp, v_cmp, valid, ranges, *ctx.sizes = inputs
-    ctx.save_for_backward(q, k_cmp, v_cmp, *output, valid, ranges)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    q, k_cmp, v_cmp, out, lse, *terms = ctx.saved_tensors
-    rest = (None,) * (len(terms) + len(ctx.sizes))
-    if grad_out is None and grad_lse is None:
-        return None, None, None, *rest
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.nsa.compressed_attention_backward(
-        grad_out, grad_lse, q, k_cmp, v_cmp, out, lse, *terms, *ctx.sizes
-    )
-    return *grads, *rest
-
-
-torch.library.register_autograd(
-    "nsa::compressed_attention", _autograd, setup_context=_setup_context, lib=_lib
-)
-
-once_differentiable(_lib, "compressed_attention_backward")
+differentiable_attention(_lib, "compressed_attention", 2)
 register_autocast(_lib, "compressed_attention", "q", "k_cmp", "v_cmp")
 
 

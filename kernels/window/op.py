@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.kernels.attend.op import _backward_fake, _fake
 from nsa_compile.kernels.autocast import register_autocast
-from nsa_compile.kernels.autograd import once_differentiable
+from nsa_compile.kernels.autograd import differentiable_attention
 from nsa_compile.kernels.window.table import window_blocks
 
 _SITE = "Tensor? valid, Tensor? ranges, float scale, bool causal, SymInt offset, int window"
@@ -48,30 +48,7 @@ for _device in ("CPU", "CUDA"):
     _lib.impl("sliding_window_attention_backward", _backward, _device)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, valid, ranges, *ctx.sizes = inputs
-    ctx.save_for_backward(q, k, v, *output, valid, ranges)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    q, k, v, out, lse, *terms = ctx.saved_tensors
-    rest = (None,) * (len(terms) + len(ctx.sizes))
-    if grad_out is None and grad_lse is None:
-        return None, None, None, *rest
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.nsa.sliding_window_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *terms, *ctx.sizes
-    )
-    return *grads, *rest
-
-
-torch.library.register_autograd(
-    "nsa::sliding_window_attention", _autograd, setup_context=_setup_context, lib=_lib
-)
-
-once_differentiable(_lib, "sliding_window_attention_backward")
+differentiable_attention(_lib, "sliding_window_attention", 2)
 register_autocast(_lib, "sliding_window_attention", "q", "k", "v")
 
 

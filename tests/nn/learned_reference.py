@@ -144,3 +144,19 @@ def _compressed_branch(
     alive = seen.any(-1, keepdim=True)
     weights = scores.masked_fill(~seen, -torch.inf).where(alive, 0.0).softmax(-1).where(alive, 0.0)
     return weights @ v.repeat_interleave(group, 1)
+
+
+def assert_equal_with_gradients(
+    own: NSAParameters, given: list[Tensor], out: Tensor, exact: Tensor
+) -> tuple[Tensor, ...]:
+    """``out`` equals ``exact``, as do the gradients of inputs and parameters; these."""
+    torch.testing.assert_close(out, exact)
+    wanted, weights = [*given, *own.parameters()], torch.randn_like(exact)
+    grads, true = (
+        torch.autograd.grad((x * weights).sum(), wanted, allow_unused=True, materialize_grads=True)
+        for x in (out, exact)
+    )
+    names = ["hidden", "q", "k", "v", *(name for name, _ in own.named_parameters())]
+    for name, grad, other in zip(names, grads, true, strict=True):
+        torch.testing.assert_close(grad, other, msg=lambda text, name=name: f"d {name}: {text}")
+    return grads

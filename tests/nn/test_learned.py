@@ -52,16 +52,7 @@ def compare(own: NSAParameters, length: int, causal: bool = True, padded: bool =
         valid = torch.arange(length).expand(2, -1) >= torch.tensor([[0], [length // 3]])
     out = run(own, given, causal, valid)
     exact = learned_reference.attention(own, *given, causal=causal, valid=valid)
-    torch.testing.assert_close(out, exact)
-    wanted = [*given, *own.parameters()]
-    weights = torch.randn_like(exact)
-    grads, true = (
-        torch.autograd.grad((x * weights).sum(), wanted, allow_unused=True, materialize_grads=True)
-        for x in (out, exact)
-    )
-    names = ["hidden", "q", "k", "v", *(name for name, _ in own.named_parameters())]
-    for name, grad, other in zip(names, grads, true, strict=True):
-        torch.testing.assert_close(grad, other, msg=lambda text, name=name: f"d {name}: {text}")
+    grads = learned_reference.assert_equal_with_gradients(own, given, out, exact)
     if length > 8 and not padded:
         assert all(grad.abs().max() > 0 for grad in grads)
 

@@ -76,15 +76,7 @@ def compare(
         valid = torch.arange(kv_len).expand(2, -1) >= torch.tensor([[0], [kv_len // 3]])
     out = run(own, given, causal, valid, offset)
     exact = learned_reference.attention(own, *given, causal=causal, valid=valid, offset=offset)
-    torch.testing.assert_close(out, exact)
-    wanted, weights = [*given, *own.parameters()], torch.randn_like(exact)
-    grads, true = (
-        torch.autograd.grad((x * weights).sum(), wanted, allow_unused=True, materialize_grads=True)
-        for x in (out, exact)
-    )
-    names = ["hidden", "q", "k", "v", *(name for name, _ in own.named_parameters())]
-    for name, grad, other in zip(names, grads, true, strict=True):
-        torch.testing.assert_close(grad, other, msg=lambda text, name=name: f"d {name}: {text}")
+    learned_reference.assert_equal_with_gradients(own, given, out, exact)
 
 
 def combinations() -> list[dict[str, Any]]:
