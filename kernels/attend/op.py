@@ -16,7 +16,7 @@ from nsa_compile.kernels.autocast import register_autocast
 from nsa_compile.kernels.autograd import differentiable_attention
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.layout import empty_token_major, token_major
-from nsa_compile.kernels.precision import accumulator
+from nsa_compile.kernels.precision import accumulator, check_dtypes
 
 # The fields of Site, and the length up to which every key is read.
 _SITE = (
@@ -39,7 +39,7 @@ _lib.define(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    _check_dtypes(q, k, v)
+    check_dtypes(q=q, k=k, v=v)
     batch, heads, q_len, _ = q.shape
     out = empty_token_major(q, batch, heads, q_len, v.shape[3])
     return out, q.new_empty((batch, heads, q_len), dtype=accumulator(q.dtype))
@@ -53,20 +53,13 @@ def _backward_fake(
     return dq, dk, dv
 
 
-def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dtype == k.dtype == v.dtype and q.is_floating_point():
-        return
-    found = ", ".join(f"{name} in {x.dtype}" for name, x in (("q", q), ("k", k), ("v", v)))
-    raise ValueError(f"q, k and v must have one floating dtype, got {found}")
-
-
 def _forward(implementation: Any) -> Any:
     """The op's kernel around ``implementation``: dense attention up to ``dense_len`` keys."""
 
     def kernel(
         q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *args: Any
     ) -> tuple[Tensor, Tensor]:
-        _check_dtypes(q, k, v)
+        check_dtypes(q=q, k=k, v=v)
         site, dense_len = Site(*args[:-1]), args[-1]
         if _is_sdpa(site, k, dense_len):
             mask = (site.scale, site.causal, site.offset, site.window)

@@ -14,7 +14,7 @@ from nsa_compile.kernels.compressed import cpu
 from nsa_compile.kernels.compressed.site import Site
 from nsa_compile.kernels.launchers import launchers
 from nsa_compile.kernels.layout import empty_token_major, token_major
-from nsa_compile.kernels.precision import accumulator
+from nsa_compile.kernels.precision import accumulator, check_dtypes
 
 # The fields of Site. ``kv_len`` tells how many of the rows of k_cmp are blocks when some are spare
 # (see nsa::compress) and no ``valid`` does.
@@ -35,7 +35,7 @@ _lib.define(
 
 @torch.library.register_fake("nsa::compressed_attention", lib=_lib)
 def _fake(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _check_dtypes(q, k_cmp, v_cmp)
+    check_dtypes(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
     batch, heads, q_len, _ = q.shape
     out = empty_token_major(q, batch, heads, q_len, v_cmp.shape[3])
     return out, q.new_empty((batch, heads, q_len), dtype=accumulator(q.dtype))
@@ -49,19 +49,11 @@ def _backward_fake(
     return dq, k_cmp.new_empty(k_cmp.shape), v_cmp.new_empty(v_cmp.shape)
 
 
-def _check_dtypes(q: Tensor, k_cmp: Tensor, v_cmp: Tensor) -> None:
-    if q.dtype == k_cmp.dtype == v_cmp.dtype and q.is_floating_point():
-        return
-    named = (("q", q), ("k_cmp", k_cmp), ("v_cmp", v_cmp))
-    found = ", ".join(f"{name} in {x.dtype}" for name, x in named)
-    raise ValueError(f"q, k_cmp and v_cmp must have one floating dtype, got {found}")
-
-
 def _forward(implementation: Any) -> Any:
     """The op's kernel around ``implementation``; without any block there is nothing to compute."""
 
     def kernel(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        _check_dtypes(q, k_cmp, v_cmp)
+        check_dtypes(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
         site = Site(*args)
         count = site.count(k_cmp.shape[2])
         if count == 0 or q.numel() == 0:

@@ -112,10 +112,10 @@ class _Work:
         rows = (last + 1 - first) * self.group
         free = (blocks >= 0) & ~self._forced(blocks, first + site.offset, last + site.offset)
         grad = grad.where(free, 0.0) / rows[:, None]
-        start = blocks.clamp(min=0) * choice.block
-        index = torch.div(start, site.stride, rounding_mode="floor")[..., None] + self.deltas
-        phase = blocks.clamp(min=0) % len(self.weights)
-        share = grad[..., None] * self.weights[phase]
+        named = blocks.clamp(min=0)
+        start = torch.div(named * choice.block, site.stride, rounding_mode="floor")
+        index = start[..., None] + self.deltas
+        share = grad[..., None] * self.weights[named % len(self.weights)]
         if choice.importance == "interpolate":
             index = index.clamp(min=0) if site.causal else index.clamp(0, self.count - 1)
         there = (index >= 0) & (index < self.count)
