@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._dynamo import pgo
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
+from torch._subclasses.fake_tensor import fake_tensor_tls
 
 from nsa_compile.dynamo_text import headline, mixes_devices
 
@@ -82,11 +83,12 @@ def capture(
     start = time.perf_counter()
     on_meta = known is None
     known = known or _standing_for(values or {})
-    result = _run(model, args, kwargs, dynamic, known, nullcontext())
-    if on_meta and result.error is not None and mixes_devices(result.error):
-        # The forward makes tensors without naming a device. Dynamo traces a default device three
-        # times slower, so only models that need it pay for it.
-        result = _run(model, args, kwargs, dynamic, known, _META)
+    with _meta_constants() if on_meta else nullcontext():
+        result = _run(model, args, kwargs, dynamic, known, nullcontext())
+        if on_meta and result.error is not None and mixes_devices(result.error):
+            # The forward makes tensors without naming a device. Dynamo traces a default device
+            # three times slower, so only models that need it pay for it.
+            result = _run(model, args, kwargs, dynamic, known, _META)
     result.seconds = time.perf_counter() - start
     for graph in result.graphs:
         _constants_to_cpu(graph.gm.graph)
@@ -156,6 +158,20 @@ def sizes_forgotten() -> Iterator[None]:
     finally:
         known.clear()
         known.update(before)
+
+
+@contextmanager
+def _meta_constants() -> Iterator[None]:
+    """``torch.tensor([], device="meta")`` is no fake tensor, and fake mode refuses to use it.
+
+    The caches of Hugging Face models begin with one.
+    """
+    before = fake_tensor_tls.allow_non_fake_inputs_override
+    fake_tensor_tls.allow_non_fake_inputs_override = True
+    try:
+        yield
+    finally:
+        fake_tensor_tls.allow_non_fake_inputs_override = before
 
 
 def compile_id(frames: dict[str, list[str]]) -> str:

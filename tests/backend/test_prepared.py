@@ -326,17 +326,18 @@ def test_a_mark_outside_the_graph_keeps_the_layer(wrapped: bool) -> None:
     assert "wrap_top_frame" in row.reason_text
 
 
-def test_hugging_face_models() -> None:
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_hugging_face_models(use_cache: bool) -> None:
     transformers = pytest.importorskip("transformers")
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=32, use_cache=False,
+            num_key_value_heads=2, vocab_size=32, use_cache=use_cache,
         )
     )  # fmt: skip
     gpt2 = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            n_embd=32, n_layer=1, n_head=4, vocab_size=32, n_positions=64, use_cache=False,
+            n_embd=32, n_layer=1, n_head=4, vocab_size=32, n_positions=64, use_cache=use_cache,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
