@@ -31,6 +31,8 @@ from nsa_compile.targets.skeleton import skeleton_of
 _NAME = "nsa"
 # Default token ids [2, 48]: sizes that nothing else in a model is likely to have.
 _BATCH, _LENGTH = 2, 48
+# They run all that they hold, so nothing may be added to them.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def prepare(
@@ -135,6 +137,8 @@ def _look(
             site = decision.site
             site.module = ".".join(part for part in (prefix, site.module) if part)
             decisions.append(decision)
+    for path, module in twin.named_modules(remove_duplicate=False):
+        inputs[path] = inputs.get(paths[id(module)], [])
     return decisions, inputs
 
 
@@ -177,6 +181,8 @@ class _Input:
 def _watch(model: nn.Module) -> None:
     """Let every module of ``model`` that may attend mark its floating-point arguments."""
     for path, module in model.named_modules():
+        if isinstance(module, _CONTAINERS):
+            continue
         if next(module.children(), None) is not None or not type(module).__module__.startswith(
             "torch.nn."
         ):
@@ -223,6 +229,7 @@ def _added(
     """The parameters to add, by the path of the module that gets them."""
     added: dict[str, NSAParameters] = {}
     kept: dict[str, str] = {}
+    names = {id(module): path for path, module in model.named_modules()}
     for decision in decisions:
         site, refusal = decision.site, decision.refusal
         layer = config.for_layer(site.module)
@@ -234,10 +241,12 @@ def _added(
         found = _hidden_states(site, inputs)
         if found is None:
             kept[site.module] = "no module around it is given its hidden states [B, T, C]"
-        elif found[0] in added and added[found[0]].site != _below(site.module, found[0]):
-            kept[site.module] = f"{found[0] or 'the model'} holds several attentions"
-        elif found[0] not in added:
-            added[found[0]] = _parameters(model, layer, site, *found)
+            continue
+        owner = names[id(model.get_submodule(found[0]))]
+        if owner not in added:
+            added[owner] = _parameters(model, layer, site, *found)
+        elif added[owner].site != _below(site.module, found[0]):
+            kept[site.module] = f"{owner or 'the model'} holds several attentions"
     _tell(model, kept, bool(added))
     return added
 

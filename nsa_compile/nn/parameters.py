@@ -178,9 +178,10 @@ class NSAParameters(nn.Module):
 
 
 def prepared_sites(root: nn.Module | None) -> set[str]:
-    """Paths, from ``root``, of the modules whose attention has parameters."""
+    """Paths, from ``root``, of the modules whose attention has parameters, by all their names."""
     found = set()
-    for path, module in () if root is None else root.named_modules():
+    every_name = () if root is None else root.named_modules(remove_duplicate=False)
+    for path, module in every_name:
         own = getattr(module, "nsa", None)
         if isinstance(own, NSAParameters):
             found.add(".".join(part for part in (path, own.site) if part))

@@ -267,3 +267,63 @@ def test_a_layer_without_hidden_states_gets_no_parameters() -> None:
     with pytest.warns(ConversionWarning, match="bare: no module around it is given its hidden"):
         nsa_compile.prepare(model, SIZES, example_inputs=ids)
     assert not any("bare" in name for name in model.state_dict())
+
+
+def test_a_layer_with_several_names_has_one_set_of_parameters() -> None:
+    x, layer = torch.randn(2, 40, 16), nn.Sequential(nn.LayerNorm(16), Attention())
+    model = nn.Sequential(layer, layer, nn.Sequential(nn.LayerNorm(16), layer[1]))
+    before = model(x)
+    prepared(model, x)
+    assert torch.equal(model(x), before)
+    assert [path for path, m in model.named_modules() if isinstance(m, NSAParameters)] == [
+        "0.1.nsa"
+    ]
+    fast = compiled(model, "aot_eager")
+    out = fast(x)
+    assert [site.decision for site in nsa_compile.report(fast).sites] == ["converted"] * 3
+    apart = nn.Sequential(*(copy.deepcopy(each) for each in model))
+    torch.testing.assert_close(compiled(apart)(x), out)
+    out.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    nsa_compile.unprepare(model)
+    assert not any(".nsa." in name for name in model.state_dict())
+
+
+def test_layers_share_a_module_that_has_no_weights() -> None:
+    class Core(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    class Around(nn.Module):
+        def __init__(self, core: nn.Module) -> None:
+            super().__init__()
+            self.core, self.qkv = core, nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.core(*self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4))
+
+    x, core = torch.randn(2, 40, 16), Core()
+    model = prepared(nn.Sequential(Around(core), Around(core)), x)
+    owners = [path for path, m in model.named_modules() if isinstance(m, NSAParameters)]
+    assert owners == ["0.nsa", "1.nsa"]
+    fast = compiled(model)
+    fast(x).square().mean().backward()
+    assert rows(fast) == {"0.core": None, "1.core": None}
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_nothing_is_added_to_a_container_which_would_run_it() -> None:
+    class Core(nn.Module):
+        def forward(self, heads: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+    class Heads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+
+    x, attention = torch.randn(2, 40, 16), nn.Sequential(nn.Linear(16, 48), Heads(), Core())
+    model = nn.Sequential(attention, Attention())
+    before = model(x)
+    with pytest.warns(ConversionWarning, match=r"0.2: no module around it is given its hidden"):
+        nsa_compile.prepare(model, SIZES, example_inputs=x)
+    assert torch.equal(model(x), before)
