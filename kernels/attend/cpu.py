@@ -1,7 +1,8 @@
 """Attention over selected blocks in plain PyTorch, forward and backward, memory linear in T.
 
-Forward: a run of tiles is a batch for PyTorch's flash attention; the leading tiles that read all
-they see are dense attention. Backward, with D = sum(dO * O) - dlse and P' the softcap's slope::
+Forward: a run of tiles is a batch for PyTorch's flash attention, or two that meet by their lse: the
+blocks next to the queries are read where they lie. The leading tiles that read all they see are
+dense attention. Backward, with D = sum(dO * O) - dlse and P' the softcap's slope::
 
     P = exp(scale * Q K^T - lse),  dV = P^T dO,  dS = P * (dO V^T - D) * P'
     dQ = scale * dS K,  dK = scale * dS^T Q
@@ -44,12 +45,19 @@ def forward(
         )
 
     attend = _attend_capped if site.softcap else _attend
+    # Two results merge without loss in float32 alone; slopes reach all logits of a row.
+    plain = q.dtype == lse.dtype and not site.softcap and plan.modifiers.slopes is None
 
     def work(part: slice) -> None:
         for pair in plan.pairs(part):
             keys = pair.table("keys", k, q.dtype, width)
             values = pair.table("values", v, q.dtype, width)
-            for run in pair.runs(width, first):
+            near, start = pair.near(first) if plain else 0, first
+            if near:
+                for runs in pair.split_runs(near, width, first):
+                    _attend_split(runs, queries, keys, values, scale, out, lse)
+                start = pair.whole_tiles
+            for run in pair.runs(width, start):
                 here, here_lse = attend(run, run.of(queries), keys, values, scale)
                 run.of(out).copy_(here[..., : v.shape[3]])
                 run.of(lse).copy_(here_lse)
@@ -97,6 +105,18 @@ def _attend(
     if dead is not None:
         lse = lse.masked_fill(dead, -torch.inf)
     return out.view(rows.shape), lse.view(*rows.shape[:3], 1)
+
+
+def _attend_split(
+    runs: tuple[Run, Run], queries: Tensor, keys: Tensor, values: Tensor, scale: float,
+    out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Write out and lse of tiles whose slots are in two runs; of the first each row sees a key."""
+    rows, dim = runs[0].of(queries), out.shape[3]
+    (far, far_lse), (near, near_lse) = (_attend(run, rows, keys, values, scale) for run in runs)
+    share = torch.sub(far_lse, near_lse).sigmoid_()
+    torch.lerp(near[..., :dim], far[..., :dim], share, out=runs[0].of(out))
+    torch.logaddexp(far_lse, near_lse, out=runs[0].of(lse))
 
 
 def _attend_capped(

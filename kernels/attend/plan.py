@@ -2,10 +2,12 @@
 
 The keys of a pair become a table of blocks [Ns, L * D]. Consecutive tiles form a run, a batch of
 [G * rows, keys] problems whose blocks are gathered from the table, few enough to stay in cache.
+Blocks in a row that move on with the queries, as a window's do, are a view of the table.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -20,6 +22,9 @@ from nsa_compile.kernels.visibility import Visibility, sees
 
 # Elements of the blocks that one run gathers for each thread: 2 MB of float32, an L2 cache.
 _GATHERED = 1 << 19
+# Keys read in place for each query: a second call of flash attention, and merging what the two
+# give, cost a query what gathering 3 keys costs.
+_SPLIT = 3
 _KEPT_MASKS = 16
 
 
@@ -85,6 +90,7 @@ class Pair:
         self.heads = slice(head * plan.group, (head + 1) * plan.group)
         self.index = plan.index[batch, head]
         self.rows = self.index.clamp(min=0)
+        self.in_place = False
 
     def table(self, name: str, x: Tensor, dtype: torch.dtype, width: int | None = None) -> Tensor:
         """x [B, Hkv, Tk, X] -> [Ns, L * width], to read; what is not there is 0.
@@ -108,17 +114,56 @@ class Pair:
 
     def runs(self, width: int, first: int = 0) -> Iterator[Run]:
         """Runs of whole tiles from ``first`` on; a last tile that is short is a run of its own."""
-        tiling = self.tiling
-        whole = tiling.q_len // tiling.query_tile
-        size = self.index.shape[1] * tiling.block * width
-        step = max(1, _GATHERED * torch.get_num_threads() // max(1, size))
-        if first < whole:
-            slots = _Slots(self, first, whole, step)
-            for start in range(first, whole, step):
-                yield Run(self, start, min(start + step, whole), tiling.query_tile, slots)
+        tiling, whole = self.tiling, self.whole_tiles
+        yield from self._whole_runs(first, self._step(width))
         if first <= whole < tiling.tiles:
             rows = tiling.q_len - whole * tiling.query_tile
             yield Run(self, whole, tiling.tiles, rows, _Slots(self, whole, tiling.tiles, 1))
+
+    def split_runs(self, near: int, width: int, first: int) -> Iterator[tuple[Run, Run]]:
+        """Runs of whole tiles from ``first`` on: all but the last ``near`` slots, and those."""
+        far, close = (copy.copy(self) for _ in range(2))
+        far.index, far.rows = self.index[:, :-near], self.rows[:, :-near]
+        close.index, close.rows, close.in_place = self.index[:, -near:], self.rows[:, -near:], True
+        step = far._step(width)
+        return zip(far._whole_runs(first, step), close._whole_runs(first, step), strict=True)
+
+    def near(self, first: int) -> int:
+        """How many of their last slots the whole tiles from ``first`` on can read in place.
+
+        Those name blocks in a row, which move from tile to tile by what the queries move, and the
+        other slots need no mask. 0 where reading in place is not worth a call of its own.
+        """
+        tiling, tiles = self.tiling, slice(first, self.whole_tiles)
+        index = self.index[tiles]
+        if min(index.shape) < 2 or not self.plan.visibility.unlimited:
+            return 0
+        last, back = index[:, -1:], torch.arange(index.shape[1] - 1, -1, -1)
+        tokens = last.diff(dim=0) * tiling.block
+        in_row = (index == last - back).all(dim=0) & (tokens == tiling.query_tile).all()
+        near = int(in_row.flip(0).to(torch.int8).cumprod(0).sum())
+        start = index[:, : index.shape[1] - near] * tiling.block
+        low, high = self.plan.low[tiles], self.plan.high[tiles]
+        seen = (start >= low) & (start >= 0) & (start + tiling.block <= high)
+        enough = near * tiling.block >= _SPLIT * tiling.query_tile * self.plan.group
+        return near if enough and 0 < seen.shape[1] and bool(seen.all()) else 0
+
+    @property
+    def whole_tiles(self) -> int:
+        """Tiles that are not short."""
+        return self.tiling.q_len // self.tiling.query_tile
+
+    def _step(self, width: int) -> int:
+        """Tiles of a run."""
+        size = self.index.shape[1] * self.tiling.block * width
+        return max(1, _GATHERED * torch.get_num_threads() // max(1, size))
+
+    def _whole_runs(self, first: int, step: int) -> Iterator[Run]:
+        whole = self.whole_tiles
+        if first < whole:
+            slots = _Slots(self, first, whole, step)
+            for start in range(first, whole, step):
+                yield Run(self, start, min(start + step, whole), self.tiling.query_tile, slots)
 
 
 class _Slots:
@@ -211,9 +256,18 @@ class Run:
 
     def read(self, name: str, table: Tensor) -> Tensor:
         """[tiles, keys, X]: the tiles' blocks of a table, gathered in workspace ``name``."""
+        if self.pair.in_place:
+            return self._view(table)
         gathered = self._take(name, table.dtype, len(self.listed), table.shape[1])
         torch.index_select(table, 0, self.listed, out=gathered)
         return gathered.view(self.tiles, self.keys, -1)
+
+    def _view(self, table: Tensor) -> Tensor:
+        """The same where it lies: each tile's blocks are in a row, neighbours share some."""
+        block, step = table.shape[1], self.tiling.query_tile // self.tiling.block
+        start = table.storage_offset() + int(self.listed[0]) * block
+        width = block // self.tiling.block
+        return table.as_strided((self.tiles, self.keys, width), (step * block, width, 1), start)
 
     def scatter_add(self, table: Tensor, left: Tensor, right: Tensor) -> None:
         """Add ``left^T right`` [tiles, keys, X] to what ``read`` would have read.

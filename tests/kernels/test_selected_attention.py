@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import nsa_compile.kernels.library  # noqa: F401
-from nsa_compile.kernels.attend import plan, reference
+from nsa_compile.kernels.attend import cpu, plan, reference
 from tests.kernels.inputs import MASKS, SIZES, TERMS, Site, poisoned, relative_error
 
+attend_split = cpu._attend_split
 ALL = {**MASKS, **TERMS, **SIZES}
 
 
@@ -128,6 +131,69 @@ def test_tiles_in_several_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     expected = expected_of(site, *inputs, blocks)
     torch.testing.assert_close((out, lse), expected)
     torch.testing.assert_close(got, gradients(*expected, inputs, with_lse=True))
+
+
+def nearby_blocks(site: Site) -> Tensor:
+    """Block 0, one of the tile's own choice, the three next to its queries."""
+    own = torch.arange(site.tiles)[:, None]
+    blocks = torch.cat((own * 0, 1 + own % 3, own + torch.arange(4, 7)), dim=1)
+    return blocks.to(torch.int32).repeat(site.batch, site.kv_heads, 1, 1)
+
+
+NEARBY = Site(q_len=160, kv_len=300, num_selected=5, offset=96)
+
+
+@pytest.mark.parametrize(
+    "site",
+    {
+        "causal": NEARBY,
+        "two tiles a run": NEARBY.but(group=1),
+        "short last tile": NEARBY.but(q_len=150),
+        "keys end with the queries": NEARBY.but(kv_len=250, q_len=154),
+        "narrow values": NEARBY.but(value_dim=16),
+        "tile of two blocks": NEARBY.but(block=8, q_len=80, kv_len=180, offset=48),
+        "rows that see no near key": NEARBY.but(offset=56),
+    }.values(),
+    ids=str,
+)
+def test_blocks_next_to_the_queries_are_read_in_place(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_SPLIT", 0)
+    monkeypatch.setattr(plan, "_GATHERED", 4 * site.block * site.dim // torch.get_num_threads())
+    inputs, blocks = site.tensors(), nearby_blocks(site)
+    if site.block == 8:
+        own = 2 * torch.arange(site.tiles)[:, None]
+        blocks[..., 2:] = (own + torch.arange(6, 9)).to(torch.int32)
+    split = []
+    monkeypatch.setattr(cpu, "_attend_split", lambda *x: (split.append(x), attend_split(*x)))
+    out, lse = attend(site, *inputs, blocks)
+    assert split
+    torch.testing.assert_close((out, lse), expected_of(site, *inputs, blocks))
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "block"),
+    [
+        ({}, (3, 3), -1),  # a gap in the row, an empty slot at the end
+        ({}, (3, 4), 12),  # does not move with the tiles
+        ({"offset": 16}, (0, 0), 0),  # slots far away that the mask cuts
+        ({"padding": "right"}, (0, 0), 0),
+        ({"slopes": True}, (0, 0), 0),
+        ({"softcap": 5.0}, (0, 0), 0),
+    ],
+)
+def test_blocks_that_cannot_be_read_in_place(
+    changes: dict[str, Any], place: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_SPLIT", 0)
+    monkeypatch.setattr(cpu, "_attend_split", lambda *x: pytest.fail("read in place"))
+    site = NEARBY.but(**changes)
+    inputs, blocks = site.tensors(), nearby_blocks(site)
+    blocks[:, :, place[0], place[1]] = block
+    blocks = blocks.masked_fill(blocks < 0, site.blocks).sort(dim=-1).values
+    blocks = blocks.masked_fill(blocks == site.blocks, -1)
+    torch.testing.assert_close(attend(site, *inputs, blocks), expected_of(site, *inputs, blocks))
 
 
 @pytest.mark.parametrize("causal", [True, False])
