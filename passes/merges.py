@@ -61,8 +61,12 @@ def gated(
     if k_mem is not None and v_mem is not None:
         branch = (None, None, with_memory(q, compressed, lse, k_mem, v_mem, scale), None)
     tiling = (options.window or 1, options.query_tile, options.select_block)
+    tensors = (gates, q, k, v, *branch, blocks, selected)
+    differentiable = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in tensors
+    )
     out: Tensor = ops.gated_attention(
-        gates, q, k, v, *branch, blocks, selected, valid, ranges, *mask, *sizes, *tiling
+        *tensors, valid, ranges, *mask, *sizes, *tiling, differentiable
     )[0]
     return out
 

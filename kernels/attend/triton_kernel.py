@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from nsa_compile.kernels.attend import triton_few, triton_gathered
+from nsa_compile.kernels.attend.gate import GatedSum, arguments_of
 from nsa_compile.kernels.attend.site import Site
 from nsa_compile.kernels.attend.triton_backward import backward
 from nsa_compile.kernels.attend.triton_rows import (
@@ -46,7 +47,7 @@ from nsa_compile.kernels.triton_site import (
     visible,
 )
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "forward_and_sum"]
 
 
 @triton.jit
@@ -107,14 +108,19 @@ def _forward(
     q, k, v, ids, counts, valid, out, lse, scale, tiles, kv_heads, q_len, kv_len, offset, window,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     valid_batch, valid_row, ranges, ranges_batch, query_segments, query_segments_batch,
-    key_segments, key_segments_batch, slopes, positions, positions_batch, cap, G: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    key_segments, key_segments_batch, slopes, positions, positions_batch, cap, gates, g_batch,
+    g_head, g_row, g_branch, first, second, a_batch, a_head, a_row, b_batch, b_head, b_row, summed,
+    G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr,
     DP: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, NEGATIVE: tl.constexpr,
     ADDED: tl.constexpr, RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr,
-    PLACED: tl.constexpr, CAPPED: tl.constexpr,
+    PLACED: tl.constexpr, CAPPED: tl.constexpr, SUMMED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """With ``ADDED`` the softmax goes on from what ``out`` and ``lse`` hold."""
+    """With ``ADDED`` the softmax goes on from what ``out`` and ``lse`` hold.
+
+    With ``SUMMED`` the rows, rounded as ``out`` is, are also the last summand of a gated sum.
+    """
     entry, batch, kv_head, tile, chunk = program(tiles, kv_heads, CHUNKS)
     row = chunk * M + tl.arange(0, M)
     head = kv_head * G + row // R
@@ -171,8 +177,22 @@ def _forward(
     log_sum = tl.where(
         alive, (top + tl.log2(tl.where(alive, total, 1.0))) * 0.6931471805599453, float("-inf")
     )
-    store_rows(out, o_rows, 1, mine, acc, DV, DVP)
-    tl.store(lse + result, log_sum, mask=mine)
+    if SUMMED:
+        gate = gates + batch * g_batch + head.to(tl.int64) * g_head + query.to(tl.int64) * g_row
+        rows = head.to(tl.int64) * a_head + query.to(tl.int64) * a_row
+        other = load_rows(first + batch * a_batch, rows, 1, mine, DV, DVP, True)
+        weight = tl.load(gate, mask=mine, other=0.0).to(tl.float32)
+        y = weight[:, None] * other.to(tl.float32)
+        rows = head.to(tl.int64) * b_head + query.to(tl.int64) * b_row
+        other = load_rows(second + batch * b_batch, rows, 1, mine, DV, DVP, True)
+        weight = tl.load(gate + g_branch, mask=mine, other=0.0).to(tl.float32)
+        y += weight[:, None] * other.to(tl.float32)
+        weight = tl.load(gate + 2 * g_branch, mask=mine, other=0.0).to(tl.float32)
+        y += weight[:, None] * acc.to(out.dtype.element_ty).to(tl.float32)
+        store_rows(summed + batch * o_batch, o_rows, 1, mine, y, DV, DVP)
+    if KEPT:
+        store_rows(out, o_rows, 1, mine, acc, DV, DVP)
+        tl.store(lse + result, log_sum, mask=mine)
 
 
 def forward(
@@ -189,9 +209,24 @@ def forward(
     return _tiled(q, k, v, block_indices, site)
 
 
+def forward_and_sum(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, site: Site,
+    gates: torch.Tensor, first: torch.Tensor, second: torch.Tensor, keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gated sum of ``first``, ``second`` and this attention; then its out and lse.
+
+    Those two have no elements unless they are kept, which saves writing them.
+    """
+    q, k, v, first, second = (dense_rows(x) for x in (q, k, v, first, second))
+    total = empty_token_major(q, *q.shape[:3], v.shape[3])
+    gated = GatedSum(gates, first, second, total)
+    return total, *_tiled(q, k, v, block_indices, site, None, gated, keep)
+
+
 def _tiled(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, site: Site,
-    onto: tuple[torch.Tensor, torch.Tensor] | None = None,
+    onto: tuple[torch.Tensor, torch.Tensor] | None = None, gated: GatedSum | None = None,
+    keep: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """A program for the rows of each tile, or for some of them.
 
@@ -199,13 +234,16 @@ def _tiled(
     """
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    if onto is None:
+    if onto is not None:
+        out, lse = onto
+    elif keep:
         out = empty_token_major(q, batch, q_heads, q_len, value_dim)
         lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     else:
-        out, lse = onto
-    if out.numel() == 0 and lse.numel() == 0:
+        out, lse = q.new_empty(0), q.new_empty(0, dtype=torch.float32)
+    if batch * q_heads * q_len == 0:
         return out, lse
+    o_strides = (out if gated is None else gated.out).stride()[:3]
     ids, counts = order_blocks(block_indices, q_len, kv_len, site)
     launch = launch_for("forward", q, v, q_heads // kv_heads, site.query_tile, site.block)
     tiles, chunks = ids.shape[2], triton.cdiv(q_heads // kv_heads * site.query_tile, launch.rows)
@@ -213,12 +251,12 @@ def _tiled(
     _forward[(chunks * tiles * kv_heads * batch,)](
         q, k, v, ids, counts, mask_pointer(site.valid, q), out, lse, abs(site.scale) * LOG2_E,
         tiles, kv_heads, q_len, kv_len, site.offset, site.window or 0, *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *mask_strides(site.valid),
-        *extra.arguments, G=q_heads // kv_heads, N=ids.shape[3],
-        R=site.query_tile, L=site.block, D=head_dim, DV=value_dim, DP=padded_dim(head_dim),
+        *k.stride()[:3], *v.stride()[:3], *o_strides, *mask_strides(site.valid),
+        *extra.arguments, *arguments_of(gated, q), G=q_heads // kv_heads, N=ids.shape[3], R=site.query_tile, L=site.block, D=head_dim, DV=value_dim, DP=padded_dim(head_dim),
         DVP=padded_dim(value_dim), M=launch.rows, BN=launch.keys, CHUNKS=chunks,
         CAUSAL=site.causal, WINDOWED=site.window is not None, PADDED=site.valid is not None,
-        NEGATIVE=site.scale < 0, ADDED=onto is not None, **extra.flags, num_warps=launch.warps,
+        NEGATIVE=site.scale < 0, ADDED=onto is not None, **extra.flags,
+        SUMMED=gated is not None, KEPT=keep, num_warps=launch.warps,
         num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return out, lse

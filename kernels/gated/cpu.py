@@ -1,4 +1,4 @@
-"""The backward of the gated sum in plain PyTorch: a branch's own backward, and a sum."""
+"""The gated sum of operators' results, and its backward: a branch's own backward, and a sum."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ class Found(NamedTuple):
     dv_cmp: Tensor | None
     dcompressed: Tensor | None
     dselected: Tensor | None
+
+
+def forward(
+    gates: Tensor, q: Tensor, k: Tensor, v: Tensor, compressed: Tensor, selected: Tensor,
+    site: Site, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum; then the window's out and lse, without elements unless they are kept."""
+    window, lse = torch.ops.nsa.sliding_window_attention(q, k, v, *site.windowed)
+    out = torch.ops.nsa.combine(gates, compressed, selected, window)
+    if keep:
+        return out, window, lse
+    return out, window.new_empty(0), lse.new_empty(0)
 
 
 def backward(grad_out: Tensor, saved: Saved, site: Site) -> Found:

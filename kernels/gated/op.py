@@ -11,6 +11,7 @@ scales rows inside them, so that neither its products nor three gradients of one
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ _BRANCHES = "Tensor selected_out, Tensor selected_lse, Tensor window_out, Tensor
 _lib = torch.library.Library("nsa", "FRAGMENT")
 _lib.define(
     f"gated_attention({_QKV}, Tensor compressed, Tensor? compressed_lse, Tensor? blocks, "
-    f"Tensor? selected, {_SITE}) -> (Tensor out, {_BRANCHES})"
+    f"Tensor? selected, {_SITE}, bool keep) -> (Tensor out, {_BRANCHES})"
 )
 _lib.define(
     f"gated_attention_backward(Tensor grad_out, {_QKV}, Tensor compressed, Tensor? compressed_lse, "
@@ -51,32 +52,36 @@ _TENSORS, _FIELDS = 10, 10
 @torch.library.register_fake("nsa::gated_attention", lib=_lib)
 def _fake(gates: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
     batch, heads, q_len, _ = q.shape
-    wide = accumulator(q.dtype)
-    out, selected, window = (
-        empty_token_major(q, batch, heads, q_len, v.shape[3]) for _ in range(3)
-    )
-    lse, window_lse = (q.new_empty((batch, heads, q_len), dtype=wide) for _ in range(2))
-    if args[_TENSORS - 5] is not None:
-        selected, lse = q.new_empty(0), q.new_empty(0, dtype=wide)
-    return out, selected, lse, window, window_lse
+    out, *branches = (empty_token_major(q, batch, heads, q_len, v.shape[3]) for _ in range(3))
+    given, keep = args[_TENSORS - 5] is not None, args[-1]
+    kept = []
+    for branch, written in zip(branches, (keep and not given, keep), strict=True):
+        lse = q.new_empty((batch, heads, q_len), dtype=accumulator(q.dtype))
+        kept += [branch, lse] if written else _nothing(q)
+    return out, *kept
+
+
+def _nothing(q: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of a branch's out and lse."""
+    return q.new_empty(0), q.new_empty(0, dtype=accumulator(q.dtype))
 
 
 def _forward(
-    gates: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None,
+    implementation: Any, gates: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None,
     compressed: Tensor, compressed_lse: Tensor | None, blocks: Tensor | None,
     selected: Tensor | None, *args: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """``keep``, the last argument, is whether a gradient may follow: it reads the branches."""
     if (blocks is None) == (selected is None):
         raise ValueError("the selected branch is given by blocks or as selected, and not by both")
-    ops, site = torch.ops.nsa, Site(*args)
+    site, keep = Site(*args[:-1]), args[-1]
+    computed = _nothing(q)
     if selected is None:
-        computed = ops.selected_attention(q, k, v, blocks, *site.selected.arguments, 0)
-        selected = computed[0]
-    else:
-        computed = q.new_empty(0), q.new_empty(0, dtype=accumulator(q.dtype))
-    window = ops.sliding_window_attention(q, k, v, *site.windowed)
-    out = ops.combine(gates, compressed, selected, window[0])
-    return out, *computed, *window
+        arguments = (blocks, *site.selected.arguments, 0)
+        selected, lse = torch.ops.nsa.selected_attention(q, k, v, *arguments)
+        computed = (selected, lse) if keep else computed
+    window = implementation().forward(gates, q, k, v, compressed, selected, site, keep)
+    return window[0], *computed, *window[1:]
 
 
 class Saved(NamedTuple):
@@ -137,14 +142,14 @@ def _backward(implementation: Any) -> Any:
     return kernel
 
 
-for _device in ("CPU", "CUDA"):
-    _lib.impl("gated_attention", _forward, _device)
+_lib.impl("gated_attention", functools.partial(_forward, lambda: cpu), "CPU")
+_lib.impl("gated_attention", functools.partial(_forward, lambda: launchers("gated")), "CUDA")
 _lib.impl("gated_attention_backward", _backward(lambda: cpu), "CPU")
 _lib.impl("gated_attention_backward", _backward(lambda: launchers("gated")), "CUDA")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (valid, ranges, *ctx.sizes) = inputs[:_TENSORS], inputs[_TENSORS:]
+    tensors, (valid, ranges, *ctx.sizes, ctx.kept) = inputs[:_TENSORS], inputs[_TENSORS:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:], valid, ranges)
     ctx.set_materialize_grads(False)
@@ -152,7 +157,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_out: Tensor | None, *others: Tensor | None) -> Any:
     if grad_out is None:
-        return (None,) * (_TENSORS + _FIELDS)
+        return (None,) * (_TENSORS + _FIELDS + 1)
+    if not ctx.kept:
+        raise RuntimeError(
+            "nsa::gated_attention was called with keep=False and has nothing to differentiate by; "
+            "pass keep=True where a gradient follows"
+        )
     tensors = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor no second time
     saved = Saved(*tensors[:-2])
     gradients = torch.ops.nsa.gated_attention_backward(grad_out, *tensors, *ctx.sizes)
@@ -163,7 +173,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, *others: Tensor | None) -> Any:
         dcompressed = None
     if saved.blocks is not None:
         dselected = None
-    return dgates, dq, dk, dv, *cmp, dcompressed, None, None, dselected, *(None,) * _FIELDS
+    return dgates, dq, dk, dv, *cmp, dcompressed, None, None, dselected, *(None,) * (_FIELDS + 1)
 
 
 torch.library.register_autograd(
@@ -191,11 +201,11 @@ def _keys(k_shape: Any, q_len: int, blocks_shape: Any, site: tuple[Any, ...]) ->
 def _flops(
     gates_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, k_cmp: Any, v_cmp: Any,
     compressed: Any, lse: Any, blocks_shape: Any, selected: Any, valid: Any, ranges: Any,
-    *site: Any, out_shape: Any = None,
+    *args: Any, out_shape: Any = None,
 ) -> int:  # fmt: skip
     """Two matmuls over the keys read, and a multiply-add for each element of three branches."""
     batch, heads, q_len, dim = q_shape
-    keys = _keys(k_shape, q_len, blocks_shape, site)
+    keys = _keys(k_shape, q_len, blocks_shape, args[:-1])
     return 2 * batch * heads * q_len * (keys * (dim + v_shape[3]) + 3 * v_shape[3])
 
 

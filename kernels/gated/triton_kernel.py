@@ -1,4 +1,6 @@
-"""The backward of the gated sum on CUDA: one pass for the gates, then branch after branch.
+"""The gated sum on CUDA: the window's kernel completes it; one backward for all branches.
+
+The backward is one pass for the gates, then branch after branch:
 
 dg_ib = do_i . o_ib, which is the delta of branch b before its gate
 """
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nsa_compile.kernels.attend import triton_kernel as attention
 from nsa_compile.kernels.attend.gate import Gate
 from nsa_compile.kernels.attend.triton_backward import Upstream, differentiate
 from nsa_compile.kernels.combine.triton_kernel import gate_gradients
+from nsa_compile.kernels.gated import cpu as plain
 from nsa_compile.kernels.gated.cpu import Found
 from nsa_compile.kernels.gated.site import Site
 from nsa_compile.kernels.layout import empty_token_major
@@ -20,6 +24,18 @@ from nsa_compile.kernels.window.table import window_blocks
 
 if TYPE_CHECKING:
     from nsa_compile.kernels.gated.op import Saved
+
+
+def forward(
+    gates: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    compressed: torch.Tensor, selected: torch.Tensor, site: Site, keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The sum; then the window's out and lse, without elements unless they are kept."""
+    if q.numel() == 0 or k.shape[2] == 0:
+        return plain.forward(gates, q, k, v, compressed, selected, site, keep)
+    blocks, own = window_blocks(q, k, *site.windowed)
+    branches = (compressed, selected)
+    return attention.forward_and_sum(q, k, v, blocks, own, gates, *branches, keep)
 
 
 def backward(grad_out: torch.Tensor, saved: Saved, site: Site) -> Found:

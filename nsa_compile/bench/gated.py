@@ -60,21 +60,23 @@ class GatedPath:
             )[0]
             return out
 
-        def window() -> Tensor:
-            out: Tensor = ops.sliding_window_attention(
-                q, k, v, None, None, scale, True, 0, s.window
+        def window(o_cmp: Tensor, o_slc: Tensor) -> Tensor:
+            """The window and the sum, which is one operator, and for CUDA one kernel."""
+            tiling = (s.window, config.query_tile, config.select_block)
+            branches = (None, None, o_cmp, None, None, o_slc)
+            out: Tensor = ops.gated_attention(
+                gates, q, k, v, *branches, None, None, scale, True, 0, *pooling, *tiling, False
             )[0]
             return out
 
         pooled = compress()
         o_cmp, lse = compressed(*pooled)
         blocks = select(pooled[0], lse)
-        branches = (o_cmp, selected(blocks), window())
+        o_slc = selected(blocks)
         return {
             "compress": compress,
             "compressed": functools.partial(compressed, *pooled),
             "select": functools.partial(select, pooled[0], lse),
             "selected": functools.partial(selected, blocks),
-            "window": window,
-            "combine": functools.partial(ops.combine, gates, *branches),
+            "window and sum": functools.partial(window, o_cmp, o_slc),
         }

@@ -53,7 +53,7 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
     scaled = (*site.terms()[:4], *site.mask, *tiling)
     window = (valid, rich.terms()[1], *plain_terms[2:5], site.local_window)
     windowed = [x.detach() for x in nsa.sliding_window_attention(q, k, v, *window)]
-    of_branches = (*plain_terms[:7], site.local_window, *tiling)
+    of_branches = (*plain_terms[:7], site.local_window, *tiling, True)
     learned = [x.detach().requires_grad_(requires_grad) for x in (pooled, pooled_values)]
     gated = (gates, q, k, v, *learned, *(x.detach() for x in plain_pooled), blocks, None)
     remembered = (*gated[:4], None, None, branches[0], None, *gated[8:], *of_branches)
@@ -96,6 +96,7 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
             pooled_lse.detach(),
         ),
         "gated_attention": gated,
+        "gated_attention, not kept": (*_detached(gated), False),
         "gated_attention, memory": remembered,
         "gated_attention, selected": given,
         "gated_attention_backward": _backward_arguments(branches[0], gated),
@@ -113,11 +114,16 @@ def calls(site: Site, requires_grad: bool, dense_len: int) -> dict[str, tuple[An
     }
 
 
+def _detached(forward: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All arguments but the last, without gradients."""
+    return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in forward[:-1])
+
+
 def _backward_arguments(grad: torch.Tensor, forward: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments of the backward of nsa::gated_attention."""
-    tensors = [x if x is None else x.detach() for x in forward[:10]]
-    saved = nsa.gated_attention(*tensors, *forward[10:])[1:]
-    return grad.detach(), *tensors, *saved, *forward[10:]
+    arguments = _detached(forward)
+    saved = nsa.gated_attention(*arguments, True)[1:]
+    return grad.detach(), *arguments[:10], *saved, *arguments[10:]
 
 
 NAMES = list(calls(Site(), False, 0))

@@ -89,7 +89,7 @@ def poisoned() -> Iterator[None]:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     expected = expected.detach()
-    difference = (got.detach().double().cpu() - expected).norm()
+    difference = (got.detach().to(expected.device).double() - expected).norm()
     return float(difference / expected.norm().clamp(min=1e-30))
 
 
@@ -112,6 +112,11 @@ def inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
     return q, k, v, valid
 
 
+def on(device: str, *tensors: Tensor | None) -> list[Any]:
+    """The tensors on a device; the float64 references run there too, where they are fast."""
+    return [x if x is None else x.to(device) for x in tensors]
+
+
 def random_blocks(case: Case, seed: int = 1) -> Tensor:
     """Any indices: unsorted, repeated, negative, past the end."""
     generator = torch.Generator().manual_seed(seed)
@@ -126,33 +131,32 @@ def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any
     from nsa_compile.kernels.attend.site import Site as AttentionSite
 
     *qkv, valid = inputs(case, dtype)
-    blocks = random_blocks(case)
-    tensors = case.terms(valid)
+    tensors = on(device, *case.terms(valid))
+    *qkv, valid, blocks = on(device, *qkv, valid, random_blocks(case))
     sizes = (*case.logits, case.query_tile, case.block)
     exact = [x.double().requires_grad_() for x in qkv]
-    out, lse = reference.selected_attention(*exact, blocks, *tensors, *sizes)
+    with torch.device(device):
+        out, lse = reference.selected_attention(*exact, blocks, *tensors, *sizes)
     sees = ~lse.isinf()
     generator = torch.Generator().manual_seed(2)
-    grad_out = torch.randn(out.shape, generator=generator).to(dtype)
-    grad_lse = torch.randn(lse.shape, generator=generator)
+    grad_out = torch.randn(out.shape, generator=generator).to(device, dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator).to(device)
     objective = (out * grad_out.double()).sum() + (lse * grad_lse.double())[sees].sum()
     expected = torch.autograd.grad(objective, exact)
 
     if valid is not None:  # what stands in padding must not matter, nor may it be read
         qkv[1:] = [x.masked_fill(~valid[:, None, :, None], torch.nan) for x in qkv[1:]]
-    on_device = [x.to(device) for x in qkv]
-    site = AttentionSite(*(x if x is None else x.to(device) for x in tensors), *sizes)
-    rest = (blocks.to(device), site)
-    upstream = (grad_out.to(device), grad_lse.to(device))
+    rest = (blocks, AttentionSite(*tensors, *sizes))
+    upstream = (grad_out, grad_lse)
     with poisoned(), replaced(triton_backward, overrides):
-        results = triton_kernel.forward(*on_device, *rest)
-        grads = triton_kernel.backward(*upstream, *on_device, *results, *rest)
-        again = triton_kernel.forward(*on_device, *rest)
-        again += triton_kernel.backward(*upstream, *on_device, *again, *rest)
+        results = triton_kernel.forward(*qkv, *rest)
+        grads = triton_kernel.backward(*upstream, *qkv, *results, *rest)
+        again = triton_kernel.forward(*qkv, *rest)
+        again += triton_kernel.backward(*upstream, *qkv, *again, *rest)
     most, most_grad = TOLERANCE[dtype]
     assert relative_error(results[0], out) < most
-    assert torch.equal(results[1].isinf().cpu(), ~sees)
-    assert relative_error(results[1].cpu()[sees], lse[sees]) < most
+    assert torch.equal(results[1].isinf(), ~sees)
+    assert relative_error(results[1][sees], lse[sees]) < most
     for name, grad, exact_grad in zip("qkv", grads, expected, strict=True):
         assert relative_error(grad, exact_grad) < most_grad, f"d{name}"
     for once, twice in zip((*results, *grads), again, strict=True):
@@ -213,6 +217,8 @@ def select(
     from nsa_compile.kernels.visibility import Visibility
 
     q, k, _, valid = inputs(case, dtype)
+    tensors = on(device, *case.terms(valid))
+    q, k, valid = on(device, q, k, valid)
     if scorer == "channels":
         summary = score_reference.channels(q.double(), k.double(), valid, case.channels)
     else:
@@ -221,18 +227,19 @@ def select(
     sizes = (case.query_tile, case.block)
     forced = (1, case.local_window, case.compress_block, case.compress_stride)
     exact_summary = summary if scorer == "channels" else summary.double()
-    wide, tensors = (q.double(), k.double(), exact_summary), case.terms(valid)
-    worth = reference.ranked_scores(
-        *wide, *tensors, scorer, *case.logits, *sizes, *forced, case.importance
-    )
-    on_device = [x.to(device) for x in (q, k, summary)]
-    tensors = [x if x is None else x.to(device) for x in tensors]
+    wide = (q.double(), k.double(), exact_summary)
+    with torch.device(device):
+        worth = reference.ranked_scores(
+            *wide, *tensors, scorer, *case.logits, *sizes, *forced, case.importance
+        )
     extra = Visibility(*tensors[:4]), Modifiers(*tensors[4:], case.softcap)
-    lse = _compressed_lse(case, *on_device[::2], tensors[0]) if with_lse else None
+    lse = _compressed_lse(case, q, summary, valid) if with_lse else None
     with poisoned(), replaced(triton_kernel, overrides):
         picked, again = (
             triton_kernel.select_blocks(
-                *on_device,
+                q,
+                k,
+                summary,
                 *extra,
                 scorer,
                 *case.mask,
@@ -241,7 +248,7 @@ def select(
                 *forced,
                 lse,
                 case.importance,
-            ).cpu()
+            )  # fmt: skip
             for _ in range(2)
         )
     assert torch.equal(picked, again), "two runs differ"
@@ -271,7 +278,7 @@ def check_selection(picked: Tensor, worth: Tensor, tolerance: float) -> None:
     assert bool((got > -torch.inf).all()), "an invisible block"
     best = worth.sort(-1, descending=True).values[..., :count]
     best = torch.nn.functional.pad(best, (0, count - best.shape[-1]))
-    best = best.where(torch.arange(count) < visible[..., None], 0.0)
+    best = best.where(torch.arange(count, device=worth.device) < visible[..., None], 0.0)
     assert torch.equal(got.isinf().sum(-1), best.isinf().sum(-1)), "a forced block is missing"
     total, most = (x.masked_fill(x.isinf(), 0.0).sum(-1) for x in (got, best))
     assert bool((most - total <= tolerance * most.clamp(min=1e-6)).all()), "better blocks exist"
@@ -281,11 +288,10 @@ def channels(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """The same channels as the reference, which finds them well apart on these inputs."""
     from nsa_compile.kernels.score import reference, triton_kernel
 
-    q, k, _, valid = inputs(case, dtype)
+    q, k, _, valid = on(device, *inputs(case, dtype))
     strength = reference.channel_strength(q.double(), k.double(), valid)
-    on_device = [x if x is None else x.to(device) for x in (q, k, valid)]
     with poisoned():
-        chosen = triton_kernel.channels(*on_device, case.channels).cpu()
+        chosen = triton_kernel.channels(q, k, valid, case.channels)
     assert bool((chosen.diff(dim=-1) > 0).all()), "not ascending"
     best = strength.sort(-1, descending=True).values[..., : case.channels].sum(-1)
     got = strength.gather(-1, chosen.long()).sum(-1)
@@ -296,19 +302,17 @@ def compress(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """Pooled keys and the gradient of the keys."""
     from nsa_compile.kernels.compress import reference, triton_kernel
 
-    _, k, _, valid = inputs(case, dtype)
+    _, k, _, valid = on(device, *inputs(case, dtype))
     compression = (case.compress_block, case.compress_stride)
     exact = k.double().requires_grad_()
     pooled = reference.compress(exact, valid, *compression)
-    grad = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    grad = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2))
+    grad = grad.to(device, dtype)
     if valid is not None:
         k = k.masked_fill(~valid[:, None, :, None], torch.nan)
-        valid = valid.to(device)
     with poisoned():
-        got = triton_kernel.compress(k.to(device), valid, *compression)
-        got_grad = triton_kernel.compress_backward(
-            grad.to(device), valid, *compression, case.kv_len
-        )
+        got = triton_kernel.compress(k, valid, *compression)
+        got_grad = triton_kernel.compress_backward(grad, valid, *compression, case.kv_len)
     assert got.shape == pooled.shape
     if not pooled.numel():
         assert not got_grad.any()
@@ -337,14 +341,15 @@ def compressed(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides:
     from nsa_compile.kernels.compressed.site import Site as CompressedSite
 
     *qkv, valid = compressed_inputs(case, dtype)
-    ranges = case.terms(valid)[1]
+    *qkv, valid, ranges = on(device, *qkv, valid, case.terms(valid)[1])
     sizes = (case.scale, case.causal, case.offset, case.compress_block, case.compress_stride)
     exact = [x.double().requires_grad_() for x in qkv]
-    out, lse = reference.compressed_attention(*exact, valid, ranges, *sizes)
+    with torch.device(device):
+        out, lse = reference.compressed_attention(*exact, valid, ranges, *sizes)
     sees = ~lse.isinf()
     generator = torch.Generator().manual_seed(2)
-    grad_out = torch.randn(out.shape, generator=generator).to(dtype)
-    grad_lse = torch.randn(lse.shape, generator=generator)
+    grad_out = torch.randn(out.shape, generator=generator).to(device, dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator).to(device)
     objective = (out * grad_out.double()).sum() + (lse * grad_lse.double())[sees].sum()
     expected = torch.autograd.grad(objective, exact)
 
@@ -353,18 +358,17 @@ def compressed(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides:
         holds = CompressedSite(valid, None, *sizes).holds(count)
         assert holds is not None
         qkv[1:] = [x.masked_fill(~holds[:, None, :, None], torch.nan) for x in qkv[1:]]
-    on_device = [x.to(device) for x in qkv]
-    site = CompressedSite(*(x if x is None else x.to(device) for x in (valid, ranges)), *sizes)
-    upstream = (grad_out.to(device), grad_lse.to(device))
+    site = CompressedSite(valid, ranges, *sizes)
+    upstream = (grad_out, grad_lse)
     with poisoned(), replaced(triton_backward, overrides):
-        results = triton_kernel.forward(*on_device, count, site)
-        grads = triton_kernel.backward(*upstream, *on_device, *results, count, site)
-        again = triton_kernel.forward(*on_device, count, site)
-        again += triton_kernel.backward(*upstream, *on_device, *again, count, site)
+        results = triton_kernel.forward(*qkv, count, site)
+        grads = triton_kernel.backward(*upstream, *qkv, *results, count, site)
+        again = triton_kernel.forward(*qkv, count, site)
+        again += triton_kernel.backward(*upstream, *qkv, *again, count, site)
     most, most_grad = TOLERANCE[dtype]
     assert relative_error(results[0], out) < most
-    assert torch.equal(results[1].isinf().cpu(), ~sees)
-    assert relative_error(results[1].cpu()[sees], lse[sees]) < most
+    assert torch.equal(results[1].isinf(), ~sees)
+    assert relative_error(results[1][sees], lse[sees]) < most
     for name, grad, exact_grad in zip("qkv", grads, expected, strict=True):
         assert relative_error(grad, exact_grad) < most_grad, f"d{name}"
     for once, twice in zip((*results, *grads), again, strict=True):
@@ -378,32 +382,27 @@ def scale_gradient(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     from nsa_compile.kernels.scaled import reference, triton_kernel
 
     *qkv, valid = inputs(case, dtype)
-    blocks, tensors = random_blocks(case), case.terms(valid)
-    scales = torch.ones(blocks.shape, dtype=torch.float64, requires_grad=True)
+    tensors = on(device, *case.terms(valid))
+    *qkv, valid, blocks = on(device, *qkv, valid, random_blocks(case))
+    scales = torch.ones(blocks.shape, dtype=torch.float64, device=device, requires_grad=True)
     exact = [x.double() for x in qkv]
     sizes = (case.scale, case.causal, case.offset, case.window, case.query_tile, case.block)
-    out, lse = reference.scaled_attention(*exact, blocks, scales, *tensors[:4], *sizes)
+    with torch.device(device):
+        out, lse = reference.scaled_attention(*exact, blocks, scales, *tensors[:4], *sizes)
     sees = ~lse.isinf()
     generator = torch.Generator().manual_seed(2)
-    grad_out = torch.randn(out.shape, generator=generator).to(dtype)
-    grad_lse = torch.randn(lse.shape, generator=generator)
+    grad_out = torch.randn(out.shape, generator=generator).to(device, dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator).to(device)
     objective = (out * grad_out.double()).sum() + (lse * grad_lse.double())[sees].sum()
     (expected,) = torch.autograd.grad(objective, scales)
     if valid is not None:
         qkv[1:] = [x.masked_fill(~valid[:, None, :, None], torch.nan) for x in qkv[1:]]
-    on_device = [x.to(device) for x in qkv]
-    terms = (x if x is None else x.to(device) for x in tensors)
-    site = AttentionSite(*terms, *case.logits, case.query_tile, case.block)
-    listed, upstream = blocks.to(device), (grad_out.to(device), grad_lse.to(device))
+    site = AttentionSite(*tensors, *case.logits, case.query_tile, case.block)
     with poisoned():
-        results = attention.forward(*on_device, listed, site)
-        got, again = (
-            triton_kernel.scale_gradient(*upstream, *on_device, *results, listed, site)
-            for _ in range(2)
-        )
-        without = triton_kernel.scale_gradient(
-            upstream[0], None, *on_device, *results, listed, site
-        )
+        results = attention.forward(*qkv, blocks, site)
+        saved = (*qkv, *results, blocks, site)
+        got, again = (triton_kernel.scale_gradient(grad_out, grad_lse, *saved) for _ in range(2))
+        without = triton_kernel.scale_gradient(grad_out, None, *saved)
     assert relative_error(got, expected) < TOLERANCE[dtype][1]
     assert torch.equal(got, again), "two runs differ"
     assert not torch.equal(got, without)
@@ -449,7 +448,7 @@ def combine(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 def gated(case: Case, dtype: torch.dtype, device: str = "cpu", branches: str = "all") -> None:
-    """The one backward of the gated sum, at gates of either sign; ``branches`` names what is there.
+    """The gated sum and its one backward, at gates of either sign; ``branches`` names what is there.
 
     "remembered": the compressed branch has a gradient of its own; "given": so does the selected.
     """
@@ -458,39 +457,46 @@ def gated(case: Case, dtype: torch.dtype, device: str = "cpu", branches: str = "
     from nsa_compile.kernels.gated.op import Saved
     from nsa_compile.kernels.gated.site import Site as GatedSite
 
-    _, k_cmp, v_cmp, _ = compressed_inputs(case, dtype)
-    q, k, v, valid = inputs(case, dtype)
+    _, k_cmp, v_cmp, _ = on(device, *compressed_inputs(case, dtype))
+    q, k, v, valid = on(device, *inputs(case, dtype))
     generator = torch.Generator().manual_seed(6)
-    gates = torch.randn(3, *q.shape[:3], generator=generator).to(dtype).movedim(0, -1)
-    blocks = None if branches == "given" else random_blocks(case)
+    gates = torch.randn(3, *q.shape[:3], generator=generator).to(device, dtype).movedim(0, -1)
+    blocks = None if branches == "given" else random_blocks(case).to(device)
     compression = (case.compress_block, case.compress_stride)
     exact = [x.double().requires_grad_() for x in (gates, q, k, v, k_cmp, v_cmp)]
-    out, o_cmp, o_slc = _gated_reference(case, exact, blocks, valid, branches)
-    grad = torch.randn(out.shape, generator=generator).to(dtype)
+    with torch.device(device):
+        out, o_cmp, o_slc = _gated_reference(case, exact, blocks, valid, branches)
+    grad = torch.randn(out.shape, generator=generator).to(device, dtype)
     wanted = exact[:4] if branches == "remembered" else exact
     wanted = [*wanted, *{"remembered": [o_cmp], "given": [o_slc]}.get(branches, [])]
     expected = torch.autograd.grad(out, wanted, grad.double())
 
     site = GatedSite(
-        valid if valid is None else valid.to(device), None, case.scale, case.causal, case.offset,
-        *compression, case.local_window, case.query_tile, case.block,
+        valid, None, case.scale, case.causal, case.offset, *compression, case.local_window,
+        case.query_tile, case.block,
     )  # fmt: skip
-    given = [x.to(device) for x in (gates, q, k, v, k_cmp, v_cmp)]
+    given = [gates, q, k, v, k_cmp, v_cmp]
     attention = torch.ops.nsa.compressed_attention
     compressed, lse = attention(*given[1::3], given[5], *site.compressed(case.kv_len))
     if branches == "remembered":
         given[4:], lse = [None, None], None
-    blocks = blocks if blocks is None else blocks.to(device)
-    selected = o_slc.detach().to(device, dtype) if blocks is None else None
+    selected = o_slc.detach().to(dtype) if blocks is None else None
     before = (*given, compressed, lse, blocks, selected)
     arguments = tuple(getattr(site, name) for name in GatedSite.__dataclass_fields__)
-    results = torch.ops.nsa.gated_attention(*before, *arguments)
+    results = torch.ops.nsa.gated_attention(*before, *arguments, True)
+    between = results[1] if selected is None else selected
     with poisoned():
-        runs = [
-            triton_kernel.backward(grad.to(device), Saved(*before, *results[1:]), site)
-            for _ in range(2)
+        sums = [
+            triton_kernel.forward(*given[:4], compressed, between, site, keep)
+            for keep in (True, False)
         ]
+        runs = [triton_kernel.backward(grad, Saved(*before, *results[1:]), site) for _ in range(2)]
     most, most_grad = TOLERANCE[dtype]
+    for own, true in zip(sums[0], (out, results[3]), strict=False):
+        assert relative_error(own, true) < most
+    torch.testing.assert_close(sums[0][2], results[4], rtol=most, atol=most)
+    assert torch.equal(sums[0][0], sums[1][0])
+    assert not sums[1][1].numel()
     assert relative_error(results[0], out) < most
     names = ("gates", "q", "k", "v", "k_cmp", "v_cmp", "compressed", "selected")
     runs = [(found.dgates, *found.dqkv, *found[2:]) for found in runs]
