@@ -70,6 +70,9 @@ FEW: dict[tuple[str, bool, int], Launch] = {
 # version: 32 rows 12.8, 64 rows 11.3.
 SHORT_KEY: dict[tuple[bool, int], Launch] = {(True, 128): Launch(32, 64, 4, 2)}
 LEAST_SHORT_ROWS = 4
+# Blocks that a step of the query side goes through: with 32 of them, one warp and padding Triton
+# 3.6 fails to compile.
+_MOST_BLOCKS = 16
 
 
 @triton.jit
@@ -319,8 +322,8 @@ def launch_for(
         launch = SHORT_KEY.get(key[1:], launch)
     lone = triton.next_power_of_2(block)
     if lone != block:  # not a power of two: a step reads one block, its last lanes masked
-        launch = launch._replace(keys=max(16, lone))
-    return launch
+        return launch._replace(keys=max(16, lone))
+    return launch._replace(keys=min(launch.keys, max(16, _MOST_BLOCKS * block)))
 
 
 def program_rows(most: int, group: int, query_tile: int) -> int:
