@@ -25,7 +25,8 @@ class Launch(NamedTuple):
 # By kernel, whether inputs have sixteen bits, and the widest head dim padded to a power of two.
 # One H100, 65,536 tokens, heads of 128, bfloat16, ms at 32/8 heads and (64/4). Forward: 128x64 with
 # 8 warps in 128 registers, so that two programs overlap, 2.34 (4.68); without a limit 3.14;
-# 64x64 2.81 (5.80); 128x32 2.86. Query side: 64x64 3.12, 128x32 3.34, 128x64 3.59, 3 stages 5.4.
+# 64x64 2.81 (5.80); 128x32 2.86; with keys and values through tensor descriptors at best as long.
+# Query side: 64x64 3.12, 128x32 3.34, 128x64 3.59, 3 stages 5.4.
 # Key side: 64x64 7.0, 32 rows 8.1, one stage 7.2, 8 warps 12.7.
 LAUNCHES: dict[tuple[str, bool, int], Launch] = {
     ("forward", True, 64): Launch(128, 64, 4, 3),

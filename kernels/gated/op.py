@@ -67,8 +67,8 @@ def _nothing(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    implementation: Any, gates: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None, v_cmp: Tensor | None,
-    compressed: Tensor, compressed_lse: Tensor | None, blocks: Tensor | None,
+    implementation: Any, gates: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor | None,
+    v_cmp: Tensor | None, compressed: Tensor, compressed_lse: Tensor | None, blocks: Tensor | None,
     selected: Tensor | None, *args: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``keep``, the last argument, is whether a gradient may follow: it reads the branches."""

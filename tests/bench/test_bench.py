@@ -43,7 +43,7 @@ def test_the_gated_path_in_stages(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     rows = json.loads(results.read_text())["rows"]
     assert [(row["length"], row["is_dense"]) for row in rows] == [(128, False), (256, False)]
-    stages = ["compress", "compressed", "select", "selected", "window", "combine"]
+    stages = ["compress", "compressed", "select", "selected", "window and sum"]
     assert list(rows[0]["stages"]) == stages
     assert rows[0]["backward_ratio"] is not None
     assert "dense_len=" not in shown

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_compile import functional
 from nsa_compile.kernels.attend import reference as attend
@@ -95,6 +96,40 @@ def test_dense_len_has_no_part_in_it() -> None:
         for dense_len in (0, 10**6)
     ]
     assert torch.equal(*outs)
+
+
+def test_branches_are_kept_where_a_gradient_follows_alone() -> None:
+    q, k, v = SMALL.tensors(torch.float32)
+    gates = torch.rand(*q.shape[:3], 3)
+    kept = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            results = func(*args, **kwargs or {})
+            if func is torch.ops.nsa.gated_attention.default:
+                kept.append([x.numel() > 0 for x in results[1:]])
+            return results
+
+    with Calls():
+        outs = [
+            functional.nsa_attention(q, k, v, gates=gates.requires_grad_(own), config=config(SMALL))
+            for own in (False, True)
+        ]
+        with torch.no_grad():
+            outs.append(functional.nsa_attention(q, k, v, gates=gates, config=config(SMALL)))
+    assert kept == [[False] * 4, [True] * 4, [False] * 4]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_what_is_not_kept_has_no_gradient() -> None:
+    q, k, v = SMALL.tensors(torch.float32)
+    gates = torch.rand(*q.shape[:3], 3).requires_grad_()
+    branch = torch.zeros_like(q)
+    site = (None, None, 1.0, True, 0, 32, 16, 20, 1, 16)
+    tensors = (gates, q, k, v, None, None, branch, None, None, branch)
+    out = torch.ops.nsa.gated_attention(*tensors, *site, False)[0]
+    with pytest.raises(RuntimeError, match="pass keep=True"):
+        out.sum().backward()
 
 
 def test_nothing_after_a_query_reaches_it() -> None:

@@ -234,23 +234,9 @@ def select(
         )
     extra = Visibility(*tensors[:4]), Modifiers(*tensors[4:], case.softcap)
     lse = _compressed_lse(case, q, summary, valid) if with_lse else None
+    given = (q, k, summary, *extra, scorer, *case.mask, *sizes, case.count, *forced, lse)
     with poisoned(), replaced(triton_kernel, overrides):
-        picked, again = (
-            triton_kernel.select_blocks(
-                q,
-                k,
-                summary,
-                *extra,
-                scorer,
-                *case.mask,
-                *sizes,
-                case.count,
-                *forced,
-                lse,
-                case.importance,
-            )  # fmt: skip
-            for _ in range(2)
-        )
+        picked, again = (triton_kernel.select_blocks(*given, case.importance) for _ in range(2))
     assert torch.equal(picked, again), "two runs differ"
     # Keys in half precision move a score by its rounding.
     check_selection(picked, worth, 1e-5 if dtype == torch.float32 else 2e-2)
@@ -448,7 +434,7 @@ def combine(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 def gated(case: Case, dtype: torch.dtype, device: str = "cpu", branches: str = "all") -> None:
-    """The gated sum and its one backward, at gates of either sign; ``branches`` names what is there.
+    """The gated sum and its one backward, at gates of either sign; ``branches``: what is there.
 
     "remembered": the compressed branch has a gradient of its own; "given": so does the selected.
     """
