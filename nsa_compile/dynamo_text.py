@@ -40,6 +40,7 @@ def needs_data(error: BaseException) -> bool:
     return (
         "DataDependent" in type(error).__name__
         or "data-dependent" in text.lower()
+        or "data-independent" in text  # of torch.nonzero on the meta device
         or "on meta tensors" in text
         or "out of meta tensor" in text
     )

@@ -5,24 +5,24 @@ Which modules attend is read off the captured graph, never off class names.
 
 from __future__ import annotations
 
-import inspect
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import nsa_compile.kernels.library  # noqa: F401
+from nsa_compile.backend import constant_inputs
 from nsa_compile.capture import Capture, capture
-from nsa_compile.dynamo_text import describe
+from nsa_compile.dynamo_text import describe, needs_data
 from nsa_compile.guards import ConversionWarning
+from nsa_compile.hidden_states import Input, hidden_states, watch, watched
 from nsa_compile.nn import NSAParameters
-from nsa_compile.passes import dialect
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
-from nsa_compile.passes.marks import erase_marks, marks_of
 from nsa_compile.passes.pipeline import analyse
 from nsa_compile.passes.reasons import Reason
 from nsa_compile.passes.site import AttentionSite, Decision
@@ -31,8 +31,7 @@ from nsa_compile.targets.skeleton import skeleton_of
 _NAME = "nsa"
 # Default token ids [2, 48]: sizes that nothing else in a model is likely to have.
 _BATCH, _LENGTH = 2, 48
-# They run all that they hold, so nothing may be added to them.
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_META = torch.device("meta")
 
 
 def prepare(
@@ -54,7 +53,8 @@ def prepare(
         config: ``merge="gate"`` and its options; ``include``, ``exclude`` and ``per_layer`` choose
             layers and sizes. None is the paper's sizes.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, with which
-            the forward is captured on the meta device; None is token ids [2, 48].
+            the forward is captured; None is token ids [2, 48]. Nothing is computed but where the
+            model reads tensor values: a copy of it runs once then.
 
     Returns:
         ``model``. A layer that cannot be converted gets no parameters, and a
@@ -117,20 +117,15 @@ def _mark(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 def _look(
     model: nn.Module, config: NSAConfig, example_inputs: Any
-) -> tuple[list[Decision], dict[str, list[_Input]]]:
+) -> tuple[list[Decision], dict[str, list[Input]]]:
     """Verdicts on the model's attention with absolute module paths, and what modules are given."""
-    skeleton = skeleton_of(model)
-    twin: nn.Module = skeleton.result.eval()
+    twin, captured = _captured(model, example_inputs)
+    _check(captured, example_inputs is None)
     paths = {id(module): path for path, module in twin.named_modules()}
-    args, kwargs = _arguments(example_inputs)
-    _watch(twin)
-    with torch.no_grad():
-        captured = capture(twin, args, kwargs, values=skeleton.values)
-        _check(captured, example_inputs is None)
     decisions: list[Decision] = []
-    inputs: dict[str, list[_Input]] = {}
+    inputs: dict[str, list[Input]] = {}
     for graph in captured.graphs:
-        inputs |= _watched(graph.gm)
+        inputs |= watched(graph.gm)
         prefix = paths.get(id(graph.root), "")
         everything = replace(config, include=(), exclude=())
         for decision in analyse(graph.gm, everything, values=graph.values).decisions:
@@ -142,89 +137,57 @@ def _look(
     return decisions, inputs
 
 
+def _captured(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Capture]:
+    """A copy of the model whose calls are marked, and its graphs.
+
+    The copy is on the meta device; of a model that reads tensor values (``item``, ``nonzero``) it
+    is a real one, where there are values to read.
+    """
+    skeleton = skeleton_of(model)
+    captured = _run(skeleton.result, example_inputs, "meta", values=skeleton.values)
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if captured.error is None or not needs_data(captured.error) or _META in devices:
+        return skeleton.result, captured
+    twin, device = copy.deepcopy(model), next(iter(devices), torch.device("cpu"))
+    with torch.random.fork_rng():
+        return twin, _run(twin, example_inputs, device, known=constant_inputs)
+
+
+def _run(twin: nn.Module, example_inputs: Any, device: Any, **given: Any) -> Capture:
+    watch(twin.eval())
+    args, kwargs = _arguments(example_inputs, device)
+    with torch.no_grad():
+        return capture(twin, args, kwargs, **given)
+
+
 def _check(captured: Capture, by_default: bool) -> None:
     if captured.error is None:
         return
-    given = (
-        "token ids [2, 48], the default; pass example_inputs" if by_default else "example_inputs"
-    )
+    given = "token ids [2, 48], the default; pass example_inputs"
+    if not by_default:
+        given = "example_inputs"
+    if needs_data(captured.error):
+        given += " without its weights, because it reads tensor values: load them before"
     raise ValueError(
         f"the model does not run on {given}: {describe(captured.error)}"
     ) from captured.error
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the forward, tensors on the meta device."""
+def _arguments(example_inputs: Any, device: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the forward, tensors on ``device``."""
     if example_inputs is None:
-        example_inputs = torch.zeros(_BATCH, _LENGTH, dtype=torch.long, device="meta")
-    given = tree_map_only(Tensor, lambda x: x.detach().to("meta"), example_inputs)
+        example_inputs = torch.zeros(_BATCH, _LENGTH, dtype=torch.long)
+    given = tree_map_only(Tensor, lambda x: x.detach().to(device), example_inputs)
     if isinstance(given, Mapping):
         return (), dict(given)
     return (tuple(given), {}) if isinstance(given, (tuple, list)) else ((given,), {})
-
-
-class _Input:
-    """An argument that may be hidden states: its shape, and where it stands in the call."""
-
-    def __init__(self, value: Tensor, position: int | None, keyword: str | None) -> None:
-        self.shape, self.where = tuple(value.shape), (position, keyword)
-
-    def layout(self, site: AttentionSite) -> bool | None:
-        """Whether the sequence comes first; None: these are no hidden states of ``site``."""
-        *rows, _ = self.shape
-        batch, length = int(site.batch), int(site.q_len)
-        if rows == [length, batch] and batch != length:
-            return True
-        return False if rows in ([batch, length], [batch * length], [1, batch * length]) else None
-
-
-def _watch(model: nn.Module) -> None:
-    """Let every module of ``model`` that may attend mark its floating-point arguments."""
-    for path, module in model.named_modules():
-        if isinstance(module, _CONTAINERS):
-            continue
-        if next(module.children(), None) is not None or not type(module).__module__.startswith(
-            "torch.nn."
-        ):
-            module.register_forward_pre_hook(_watcher(path, _names(module)), with_kwargs=True)
-
-
-def _watcher(path: str, names: list[str]) -> Any:
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [(names[i] if i < len(names) else "", x) for i, x in enumerate(args)]
-        for name, x in (*given, *kwargs.items()):
-            if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (2, 3):
-                position = names.index(name) if name in names else -1
-                torch.ops.nsa.site(x, [], f"{path}:{position}:{name}", False)
-
-    return watch
-
-
-def _watched(gm: fx.GraphModule) -> dict[str, list[_Input]]:
-    """What the modules were given whose calls ``gm`` holds, by their paths; takes the marks out."""
-    seen: dict[str, list[_Input]] = {}
-    for node in marks_of(gm):
-        value, _, text, _ = node.args
-        path, position, name = str(text).split(":")
-        where = (None if position == "-1" else int(position), name or None)
-        shown = dialect.value(value)
-        seen.setdefault(path, []).append(_Input(shown, *where))
-    erase_marks(gm)
-    return seen
-
-
-def _names(module: nn.Module) -> list[str]:
-    """Positional parameters of the module's forward."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(module.forward).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
 def _added(
     model: nn.Module,
     config: NSAConfig,
     decisions: list[Decision],
-    inputs: Mapping[str, list[_Input]],
+    inputs: Mapping[str, list[Input]],
 ) -> dict[str, NSAParameters]:
     """The parameters to add, by the path of the module that gets them."""
     added: dict[str, NSAParameters] = {}
@@ -238,7 +201,7 @@ def _added(
         if refusal is not None and refusal.reason is not Reason.NOT_PREPARED:
             kept[site.module] = f"{refusal.code}: {refusal.text}"
             continue
-        found = _hidden_states(site, inputs)
+        found = hidden_states(site, inputs)
         if found is None:
             kept[site.module] = "no module around it is given its hidden states [B, T, C]"
             continue
@@ -267,23 +230,8 @@ def _below(path: str, owner: str) -> str:
     return path[len(owner) :].strip(".")
 
 
-def _hidden_states(
-    site: AttentionSite, inputs: Mapping[str, list[_Input]]
-) -> tuple[str, _Input, bool] | None:
-    """The innermost module around ``site`` that is given its hidden states; sequence first?"""
-    path = site.module
-    while True:
-        for candidate in inputs.get(path, ()):
-            layout = candidate.layout(site)
-            if layout is not None:
-                return path, candidate, layout
-        if not path:
-            return None
-        path = path.rpartition(".")[0]
-
-
 def _parameters(
-    model: nn.Module, config: NSAConfig, site: AttentionSite, path: str, hidden: _Input, first: bool
+    model: nn.Module, config: NSAConfig, site: AttentionSite, path: str, hidden: Input, first: bool
 ) -> NSAParameters:
     parameters = NSAParameters(
         replace(config, include=(), exclude=(), per_layer={}),

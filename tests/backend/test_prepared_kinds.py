@@ -327,3 +327,39 @@ def test_nothing_is_added_to_a_container_which_would_run_it() -> None:
     with pytest.warns(ConversionWarning, match=r"0.2: no module around it is given its hidden"):
         nsa_compile.prepare(model, SIZES, example_inputs=x)
     assert torch.equal(model(x), before)
+
+
+class Routed(nn.Module):
+    """Attention, and an expert for the tokens that are routed to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.router = Attention(), nn.Linear(16, 2)
+        self.expert = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        at = torch.nonzero(self.router(x).argmax(-1), as_tuple=True)
+        out = torch.zeros_like(x)
+        if len(at[0]) and x.isfinite().all().item():
+            out[at] = self.expert(x[at])
+        return x + out
+
+
+def test_a_model_that_reads_tensor_values() -> None:
+    x = torch.randn(2, 40, 16)
+    model = nn.Sequential(Routed(), Routed())
+    before = model(x)
+    nsa_compile.prepare(model, SIZES, example_inputs=x)
+    assert torch.equal(model(x), before)
+    assert model.training
+    fast = compiled(model)
+    fast(x).square().mean().backward()
+    assert rows(fast) == {"0.attention": None, "1.attention": None}
+    learned = [p for name, p in model.named_parameters() if ".nsa." in name]
+    assert learned
+    assert all(p.grad is not None for p in learned)
+    with torch.device("meta"):
+        bare = nn.Sequential(Routed(), Routed())
+    with pytest.raises(ValueError, match="because it reads tensor values: load them before: "):
+        nsa_compile.prepare(bare, SIZES, example_inputs=x)
