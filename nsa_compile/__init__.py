@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys as _sys
+from importlib.machinery import ModuleSpec as _Spec
+from importlib.util import module_from_spec as _module
 from pathlib import Path as _Path
 
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "passes" / "config.py").is_file() and (_root / "pyproject.toml").is_file():
-    # A source checkout: passes/ and kernels/ stand beside this package, not inside it.
-    __path__.append(str(_root))
+    # A source checkout: passes/ and kernels/ stand beside this package, not inside it. The root is
+    # kept off __path__, where a walk over submodules (TORCH_LOGS makes one) would find this package
+    # inside itself, without end.
+    for _name in ("passes", "kernels"):
+        _spec = _Spec(f"{__name__}.{_name}", None, is_package=True)
+        _spec.submodule_search_locations = [str(_root / _name)]
+        globals()[_name] = _sys.modules.setdefault(_spec.name, _module(_spec))
 
 from nsa_compile.backend import StrictError, nsa  # noqa: E402
 from nsa_compile.buckets import convert_before_the_cut  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_the_checkout_does_not_shadow_top_level_names(folder: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert str(ROOT) not in done.stdout
+
+
+def test_a_walk_over_submodules_ends() -> None:
+    """``TORCH_LOGS=nsa_compile`` makes one; the package must not stand inside itself."""
+    import nsa_compile
+
+    names = [module.name for module in pkgutil.iter_modules(nsa_compile.__path__)]
+    assert "cli" in names
+    assert "nsa_compile" not in names
 
 
 def test_importing_the_face_loads_no_triton_kernel() -> None:
