@@ -60,6 +60,7 @@ def measure_sites(
     lengths: Iterable[int] | None,
     step: Callable[[str], None],
     *,
+    device: str | None = None,
     backward: bool = False,
     budget_ms: float = 400.0,
 ) -> None:
@@ -68,10 +69,11 @@ def measure_sites(
     Args:
         lengths: None is each layer's own length, and those of the predictions that are shorter.
         step: is told what is measured.
+        device: ``"cpu"`` or ``"cuda"``; None is a GPU if there is one.
         backward: measure the gradients of q, k and v too.
         budget_ms: about how long one measurement may take, in milliseconds.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     left_out: dict[str, None] = {}
     known: dict[tuple[Shape, int], dict[str, Any] | None] = {}
     for site in report.sites:

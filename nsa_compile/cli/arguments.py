@@ -106,6 +106,12 @@ def _output(group: argparse._ArgumentGroup) -> None:
         "where labels are for perplexity",
     )
     group.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where --verify runs the model and --save leaves it (default: where its weights "
+        "are), and --bench measures (default: a GPU if there is one)",
+    )
+    group.add_argument(
         "--tolerance",
         type=tolerance,
         metavar="ERROR",
@@ -114,7 +120,7 @@ def _output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--bench",
         action="store_true",
-        help="measure the layers' shapes on this device, dense and converted (with --train "
+        help="measure the layers' shapes on this machine, dense and converted (with --train "
         "backward too)",
     )
     group.add_argument(

@@ -124,7 +124,9 @@ def _measure(report: RewriteReport, arguments: argparse.Namespace) -> None:
     from nsa_compile.bench.sites import measure_sites
 
     with progress() as step:
-        measure_sites(report, arguments.lengths, step, backward=arguments.train)
+        measure_sites(
+            report, arguments.lengths, step, device=arguments.device, backward=arguments.train
+        )
 
 
 def _chosen(report: RewriteReport, layer: str) -> list[SiteRecord]:
@@ -146,6 +148,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         arguments.attn,
         pairs("--hf-config", arguments.hf_config),
         arguments.trust,
+        device=arguments.device,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
@@ -27,6 +28,7 @@ from nsa_compile.report.summary import summary
 from nsa_compile.targets import Request, Target
 from nsa_compile.targets.real import device_of, exported, has_values, load_real, read_batch
 from nsa_compile.verification import VerifyReport
+from nsa_compile.verification.outputs import NoOutput
 from nsa_compile.verify import verify
 
 
@@ -60,10 +62,20 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError("--tolerance needs --verify, which measures the error")
     if arguments.data is not None and not arguments.verify:
         raise UsageError("--data needs --verify, which runs the model on it")
+    _check_device(arguments)
     if arguments.save is not None:
         if arguments.save.suffix != ".pt2":
             raise UsageError(f"--save expects a path that ends in .pt2, got {arguments.save}")
         check_writable("--save", arguments.save)
+
+
+def _check_device(arguments: argparse.Namespace) -> None:
+    if arguments.device is None:
+        return
+    if not (arguments.verify or arguments.bench or arguments.save):
+        raise UsageError("--device needs --verify, --bench or --save; the report needs no device")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here; expected cpu")
 
 
 def verify_and_save(arguments: argparse.Namespace, request: Request, config: NSAConfig) -> Done:
@@ -107,13 +119,15 @@ def _verified(target: Target, arguments: argparse.Namespace, config: NSAConfig) 
             "a tuple or a dict, by torch.save), or let build() return (model, inputs)"
         )
     model = target.model if target.program is None else target.program
-    device = device_of(target.model)
+    device = device_of(target)
     args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, dict(kwargs)))
     labels = kwargs.pop("labels", None)
     try:
         return verify(
             model, *args, config=config, labels=labels, tolerance=arguments.tolerance, **kwargs
         )
+    except NoOutput as error:
+        raise UsageError(f"--verify: {error}") from error
     except Exception as error:
         raise ForwardError(f"--verify: {target.name} failed: {describe(error)}") from error
 
@@ -143,7 +157,21 @@ def _told(program: ExportedProgram, path: Path, report: RewriteReport) -> list[s
     return [
         f"saved {path}: {summary(report)}",
         f'  to load it: import {needed}; program = torch.export.load("{path}")',
+        f"  to call it: program.module()({_call(program)})",
     ]
+
+
+def _call(program: ExportedProgram) -> str:
+    """The arguments that it takes, as it was exported: ``int64[1, 96], use_cache=False``."""
+    args, kwargs = program.example_inputs or ((), {})
+    named = [*(("", each) for each in args), *((f"{name}=", each) for name, each in kwargs.items())]
+    return ", ".join(name + _shown(value) for name, value in named)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else "..."
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 @contextmanager

@@ -125,13 +125,20 @@ def _assembled(
         graph_signature=signature,
         state_dict=program.state_dict,
         range_constraints=dict(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph),
+        module_call_graph=_calls(program),
         example_inputs=program.example_inputs,
         constants={**program.constants, **constants},
         verifiers=program.verifiers,
     )
     made.graph_module.meta.update(gm.meta)
     return made
+
+
+def _calls(program: ExportedProgram) -> list[Any]:
+    """A copy of the calls, whose tree structures, which nobody writes to, are shared."""
+    signatures = [entry.signature for entry in program.module_call_graph if entry.signature]
+    specs = [spec for each in signatures for spec in (each.in_spec, each.out_spec)]
+    return copy.deepcopy(program.module_call_graph, {id(spec): spec for spec in specs})
 
 
 def root_class(gm: fx.GraphModule) -> str:

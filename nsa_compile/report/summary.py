@@ -51,10 +51,12 @@ def dense_at_this_length(report: RewriteReport) -> str | None:
 
 
 def kept_groups(report: RewriteReport) -> list[KeptGroup]:
-    """Every reason text once, in the order of the sites; names of nodes make no difference."""
+    """Every reason text once, in the order of the sites; names of nodes and of the layer itself
+    make no difference."""
     groups: dict[tuple[str, str], list[SiteRecord]] = {}
     for site in report.skipped:
         pattern = re.sub(r"%\w+", "%", site.reason_text or "")
+        pattern = pattern.replace(site.module, "layer") if site.module else pattern
         groups.setdefault((str(site.reason), pattern), []).append(site)
     return [
         KeptGroup(reason, _example(group), group[0].hint or "", len(group))

@@ -45,7 +45,21 @@ def load_exported(path: Path, request: Request) -> Target:
     target.args, target.kwargs = program.example_inputs or ((), {})
     gm = program.graph_module
     target.graphs = [CapturedGraph(gm, known_values(program, gm), "0/0")]
+    ours = sum(map(_is_converted, gm.graph.nodes))
+    if ours:
+        target.notes.append(
+            f"{path} was converted before: {ours} operators of nsa-compile stand in it and stay as "
+            "they are"
+        )
     return target
+
+
+def _is_converted(node: fx.Node) -> bool:
+    """Whether a node computes attention as nsa_compile rewrites it; a marker computes nothing."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "nsa":
+        return False
+    return target is not torch.ops.nsa.site.default
 
 
 def load_pickled(path: Path, request: Request) -> Target:

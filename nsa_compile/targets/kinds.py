@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from nsa_compile.targets.target import Request, Target, TargetError
@@ -91,13 +93,16 @@ def _name(target: str) -> Kind:
     if re.fullmatch(r"[\w-]+", target, re.ASCII):
         from nsa_compile.targets.huggingface import model_types
 
-        if target in model_types():
+        known = model_types()
+        if target in known:
             return HUGGING_FACE
+        raise _missing(target, get_close_matches(target, known, 1))
     raise _missing(target)
 
 
-def _missing(target: object) -> TargetError:
-    return TargetError(f"{target}: no such file or directory; expected {EXPECTED}")
+def _missing(target: object, near: Sequence[str] = ()) -> TargetError:
+    hint = f"; did you mean the model type {near[0]!r}?" if near else f"; expected {EXPECTED}"
+    return TargetError(f"{target}: no such file or directory{hint}")
 
 
 def _check_options(kind: Kind, request: Request) -> None:

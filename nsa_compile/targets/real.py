@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from nsa_compile.dynamo_text import describe
@@ -35,14 +37,28 @@ def load_real(request: Request) -> Target:
         )
     held: Any = target.program.state_dict if target.program is not None else None
     held = target.model.state_dict() if held is None else held
-    meta = [name for name, tensor in held.items() if tensor.is_meta]
+    meta = [name for name, tensor in held.items() if getattr(tensor, "is_meta", False)]
     if meta:
         raise TargetError(
             f"{request.target}: {len(meta)} weights are on the meta device ({meta[0]}, ...) and "
             "have no values; build the model with its weights"
         )
     target.model.train(request.train)
+    if request.device is not None:
+        _move(target, request.device)
     return target
+
+
+def _move(target: Target, device: str) -> None:
+    """Put the model and the inputs that have values on ``device``."""
+    try:
+        if target.program is not None:
+            target.program = move_to_device_pass(target.program, device)
+            target.args, target.kwargs = target.program.example_inputs or ((), {})
+        else:
+            target.model.to(device)
+    except Exception as error:  # out of memory, above all
+        raise TargetError(f"{target.name} cannot go to {device}: {describe(error)}") from error
 
 
 @contextmanager
@@ -79,7 +95,7 @@ def exported(target: Target) -> ExportedProgram:
     """
     if target.program is not None:
         return target.program
-    args, kwargs = tree_map_only(Tensor, _like(target.model), (target.args, target.kwargs))
+    args, kwargs = tree_map_only(Tensor, _like(target), (target.args, target.kwargs))
     try:
         with redirect_stderr(io.StringIO()):  # where torch prints the graph that it cannot finish
             return torch.export.export(
@@ -118,16 +134,18 @@ def read_batch(path: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+def device_of(target: Target) -> torch.device:
+    """Where the weights are."""
+    held: Any = target.model if target.program is None else target.program
+    tensors = itertools.chain(held.parameters(), held.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def _like(model: nn.Module) -> Any:
-    device = device_of(model)
+def _like(target: Target) -> Any:
+    device = device_of(target)
 
     def real(tensor: Tensor) -> Tensor:
-        return torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor
+        return torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
     return real
 

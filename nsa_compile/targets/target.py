@@ -29,6 +29,7 @@ class Request:
         hf_config: values that replace those of a Hugging Face configuration.
         trust: whether a target may be unpickled, which can run any code.
         weights: build the model for real, with its weights, and not on the meta device.
+        device: where such a model goes; None is where its weights are.
     """
 
     target: str
@@ -40,6 +41,7 @@ class Request:
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     trust: bool = False
     weights: bool = False
+    device: str | None = None
 
 
 @dataclass

@@ -16,8 +16,11 @@ from nsa_compile.verification.report import EndToEnd
 _GROWTH = 10
 
 
+_IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 class NoOutput(ValueError):
-    """The model returns nothing that could be compared."""
+    """The model returns nothing that could be compared, or not what the labels are for."""
 
 
 def end_to_end(
@@ -37,11 +40,8 @@ def end_to_end(
         NoOutput: no floating tensor in the output, or labels that do not fit it.
     """
     a, b = _main(dense), _main(converted)
-    if labels is not None and (a.dim() != 3 or tuple(labels.shape) != tuple(a.shape[:2])):
-        raise NoOutput(
-            f"labels must be token ids [B, T] of logits [B, T, V] = {list(a.shape)}, got "
-            f"{list(labels.shape)}"
-        )
+    if labels is not None:
+        labels = _token_ids(labels, a)
     kept = inputs.get("attention_mask")
     distance, rows = Distance(), (a, b)
     if isinstance(kept, Tensor) and a.dim() == 3 and kept.shape == a.shape[:2]:
@@ -64,6 +64,20 @@ def end_to_end(
         perplexity_converted=None if labels is None else perplexity(b, labels),
         equal=distance.relative <= _GROWTH * rounding(a.dtype, *dtypes),
     )
+
+
+def _token_ids(labels: Any, logits: Tensor) -> Tensor:
+    """``labels`` as int64; refuses what stands for no token of ``logits`` [B, T, V]."""
+    expected = f"labels must be token ids [B, T] of logits [B, T, V] = {list(logits.shape)}"
+    if not isinstance(labels, Tensor) or labels.dtype not in _IDS:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise NoOutput(f"{expected}, got {got}")
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise NoOutput(f"{expected}, got {list(labels.shape)}")
+    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= logits.shape[-1]))]
+    if wrong.numel():
+        raise NoOutput(f"{expected}, or -100 for none; got {int(wrong[0])}")
+    return labels.long()
 
 
 def _main(output: Any) -> Tensor:

@@ -97,6 +97,7 @@ FILES = {
 ARGUMENTS = {
     "no target": ((), "TARGET is missing; expected file.py"),
     "missing target": (("no/such/file.py",), "no/such/file.py: no such file or directory"),
+    "near a model type": (("lama",), "did you mean the model type 'llama'?"),
     "missing directory": (("no/such/dir",), "no such file or directory"),
     "not a model": (("pyproject.toml",), "not something that can be looked at"),
     "callable of a directory": (("tests:build",), "tests: 'build' does not exist"),

@@ -54,6 +54,7 @@ def same(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_a_script_is_saved_with_the_weights_that_it_makes(
     convert: Runner, script: Path, tmp_path: Path
 ) -> None:
@@ -64,6 +65,7 @@ def test_a_script_is_saved_with_the_weights_that_it_makes(
     assert outcome.out.endswith(
         f"saved {out}: 2 of 2 attention layers converted\n"
         f'  to load it: import torch, nsa_compile; program = torch.export.load("{out}")\n'
+        "  to call it: program.module()(int64[2, 200])\n"
     )
     program = torch.export.load(out)
     weights = build("tril_gpt").state_dict()
@@ -102,6 +104,36 @@ def test_a_program_in_is_a_program_out(convert: Runner, tmp_path: Path) -> None:
     assert convert(program, "--save", program, *SPARSE).status == 0  # in place
     assert program.read_bytes() != out.read_bytes()
     torch.export.load(program)
+
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device")]),
+]  # fmt: skip
+TILES = [word.replace("=8", "=16") for word in SPARSE]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_model_and_program_go_to_the_device(
+    convert: Runner, script: Path, tmp_path: Path, device: str
+) -> None:
+    first, second = tmp_path / "first.pt2", tmp_path / "second.pt2"
+    torch.export.save(torch.export.export(build("tril_gpt"), (token_ids(96),)), first)
+    for target in (script, first):
+        outcome = convert(target, "--verify", "--save", second, "--device", device, *TILES)
+        assert outcome.status == 0, outcome.err
+        found = outcome.json["verification"]
+        assert found["device"].partition(":")[0] == device
+        assert found["end_to_end"]["relative_error"] > 1e-3
+        program = torch.export.load(second)
+        assert {x.device.type for x in program.state_dict.values()} == {device}
+        args, _ = program.example_inputs
+        with torch.no_grad():
+            assert program.module()(*args).device.type == device
+        outcome = convert(second, "--verify")
+        assert outcome.json["verification"]["device"].partition(":")[0] == device
+        assert "second.pt2 was converted before" in outcome.err
 
 
 def test_verify_prints_the_layers_and_finds_those_to_keep(convert: Runner, script: Path) -> None:
@@ -231,10 +263,30 @@ MISTAKES = {
     "weights on meta": (
         ("target.py:on_meta", "--verify"), "weights are on the meta device (embed.weight, ...)",
     ),
+    "a device that is not there": (
+        (MODELS, "--verify", "--device", "cuda"), "--device cuda: torch sees no GPU here",
+    ),
+    "a device nobody knows": ((MODELS, "--verify", "--device", "moon"), "invalid choice: 'moon'"),
+    "device alone": ((MODELS, "--device", "cpu"), "--device needs --verify, --bench or --save"),
+    "labels beyond the vocabulary": (
+        (MODELS, "--verify", "--data", "beyond.pt"), "or -100 for none; got 100000",
+    ),
+    "labels that are no ids": (
+        (MODELS, "--verify", "--data", "float.pt"), "], got torch.float32",
+    ),
+    "labels in words": (
+        (MODELS, "--verify", "--data", "words.pt"), "], got str",
+    ),
     "what torch cannot export": (
         ("target.py:branches", "--save", "a.pt2"), "torch.export cannot capture Model: ",
     ),
     "no output": ((f"{MODELS}:convolution", "--diff", "a", "b", "--save", "c"), "no TARGET"),
+}  # fmt: skip
+
+
+LABELS = {
+    "beyond": torch.full((2, 48), 100_000), "float": torch.rand(1, 48),
+    "words": "none",
 }  # fmt: skip
 
 
@@ -244,6 +296,9 @@ def test_mistakes(
 ) -> None:
     from nsa_compile.cli import main
 
+    if "is not there" in case and "device" in case:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
     monkeypatch.chdir(script.parent)
     Path("folder.pt2").mkdir()
     torch.save(3, "three.pt")
@@ -251,6 +306,8 @@ def test_mistakes(
     torch.save(torch.full((1, 48), 100_000), "wrong.pt")
     torch.save({"tokens": token_ids(48)}, "named.pt")
     torch.save({"ids": token_ids(48), "labels": token_ids(20)}, "labels.pt")
+    for name, labels in LABELS.items():
+        torch.save({"ids": token_ids(48), "labels": labels}, f"{name}.pt")
     arguments, words = MISTAKES[case]
     status = main([str(argument) for argument in arguments])
     check(status, capsys.readouterr().err, words)

@@ -79,6 +79,13 @@ def test_options_reach_the_conversion(convert: Runner) -> None:
     assert (config["dense_len"], config["scorer"], config["num_selected"]) == (0, "mean", 40)
 
 
+def test_layers_that_a_filter_leaves_out_are_explained_once(convert: Runner) -> None:
+    outcome = convert(MODELS, "--option", "exclude=*")
+    text = " ".join(outcome.out.split())
+    assert "excluded (2 layers): the layer filters leave it out: layers.0, and alike in" in text
+    assert text.count("excluded (") == 1
+
+
 def test_strict_turns_a_kept_layer_into_status_1_after_the_report(convert: Runner) -> None:
     outcome = convert(f"{MODELS}:random_mask", "--strict")
     assert outcome.status == 1
