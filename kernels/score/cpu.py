@@ -114,7 +114,7 @@ class ChannelScorer(_Scorer):
         self.dtype = score_dtype(self.wide, modifiers, self.group * q.shape[2] * length)
         self.masks = Masks(tiling, visibility, self.dtype, self.workspace)
         self.half, self.signed = self.dtype != self.wide, False
-        self.undo = torch.ones(len(pairs), 1, 1, dtype=self.wide)
+        self.undo = [1.0] * len(pairs)
         self.rows = q.new_ones(len(pairs), self.group, q.shape[2], width, dtype=self.dtype)
         self.keys = k.new_zeros(len(pairs), tiling.blocks * tiling.block, width, dtype=self.dtype)
         for pair, (entry, head) in enumerate(self.places):
@@ -151,44 +151,47 @@ class ChannelScorer(_Scorer):
     def scores(self, first_tile: int, last_tile: int) -> Tensor:
         """[pairs, tiles, Ns] for the tiles ``[first_tile, last_tile)``."""
         tiling, block = self.tiling, self.tiling.block
-        out = self.keys.new_zeros(len(self.keys), last_tile - first_tile, tiling.blocks)
+        shape = (len(self.keys), last_tile - first_tile, tiling.blocks)
+        out = self.keys.new_zeros(shape, dtype=self.wide)
         seen, clear = key_bounds(tiling, self.visibility, first_tile, last_tile)
         if seen[0] >= seen[1]:
             return out
         first, stop = seen[0] // block, geometry.num_blocks(seen[1], block)
         whole = tiling.blocks if clear[1] == tiling.kv_len else clear[1] // block
         whole = geometry.num_blocks(clear[0], block), whole
-        best = self._best(tiling.positions(first_tile, last_tile), (first, stop), whole)
-        for scores, logits in zip(out, best, strict=True):
-            shares = softmax_(logits, dim=0).unflatten(1, (self.group, -1))
+        positions = tiling.positions(first_tile, last_tile)
+        queries = self.rows[:, :, positions[0] - tiling.offset : positions[1] - tiling.offset]
+        queries = queries.flatten(1, 2).transpose(1, 2)
+        step = max(1, _PIECE // (queries.shape[2] * block * self.dtype.itemsize))
+        pieces = list(_pieces((first, stop), whole, step))
+        for pair, scores in enumerate(out):
+            logits, factor = self._best(pair, queries[pair], positions, pieces)
+            shares = softmax_(logits, 0, factor).unflatten(1, (self.group, -1))
             scores[:, first:stop] = tile_sum(shares, tiling.query_tile)
         return out
 
     def _best(
-        self, positions: tuple[int, int], blocks: tuple[int, int], whole: tuple[int, int]
-    ) -> Tensor:
-        """[pairs, blocks, G * rows]: largest logit of each row in each block, -inf if none.
+        self, pair: int, columns: Tensor, positions: tuple[int, int],
+        pieces: list[tuple[int, int, bool]],
+    ) -> tuple[Tensor, float]:  # fmt: skip
+        """[blocks, G * rows]: largest logit of each row in each block, -inf if none; their factor.
 
-        Every row sees the blocks ``whole``.
+        Of a pair's ``columns`` [r, G * rows] in the blocks of the pieces.
         """
-        start, stop = (p - self.tiling.offset for p in positions)
-        queries = self.rows[:, :, start:stop].flatten(1, 2).transpose(1, 2)
-        width = queries.shape[2]
-        best = self.workspace.take("best", self.dtype, len(queries), self.tiling.blocks, width)
-        best = best[:, : blocks[1] - blocks[0]]
-        step = max(1, _PIECE // (width * self.tiling.block * self.dtype.itemsize))
-        pieces = list(_pieces(blocks, whole, step))
-        for pair, maxima in enumerate(best.unbind()):
-            self._maxima(pair, queries[pair], positions, pieces, maxima)
-            if self.half and not self.signed and self._any_negative(maxima, pieces):
-                # Once seen, looked for: what is scored here would be scored twice each time.
-                self.signed = True
-                self._maxima(pair, queries[pair], positions, pieces, maxima)
+        shape = (pieces[-1][1] - pieces[0][0], columns.shape[1])
+        best = self.workspace.take("best", self.dtype, *shape)
+        self._maxima(pair, columns, positions, pieces, best)
+        if self.half and not self.signed and self._any_negative(best, pieces):
+            # Once seen, looked for: what is scored here would be scored twice each time.
+            self.signed = True
+            self._maxima(pair, columns, positions, pieces, best)
+        factor = self.undo[pair]
         if self.half:
-            wide = self.workspace.take("wide", self.wide, *best.shape).copy_(best)
-            best = wide.mul_(self.undo)
-        # Without slopes the cap is monotone and waits for the maxima.
-        return best if self.modifiers.slopes is not None else cap_(best, self.modifiers)
+            best = self.workspace.take("wide", self.wide, *shape).copy_(best)
+        if self.modifiers.softcap and self.modifiers.slopes is None:
+            # Without slopes the cap is monotone and waits for the maxima.
+            best, factor = cap_(best.mul_(factor), self.modifiers), 1.0
+        return best, factor
 
     def _maxima(
         self, pair: int, columns: Tensor, positions: tuple[int, int],
@@ -232,7 +235,7 @@ class ChannelScorer(_Scorer):
         if self.modifiers.slopes is not None:
             self.add_alibi_(cap_(by_head, self.modifiers), pair, positions[0], keys)
         if masked:
-            by_head.add_(self.masks.bias(self.places[pair][0], positions, keys))
+            self.masks.hide_(by_head, self.places[pair][0], positions, keys)
 
 
 class MeanScorer(_Scorer):
@@ -281,8 +284,8 @@ class MeanScorer(_Scorer):
                 self.add_alibi_(logits, pair, positions[0], self._last_keys(first, stop))
             for at, end, masked in _pieces((first, stop), whole, stop - first):
                 if masked:
-                    bias = self.masks.bias(entry, positions, self._last_keys(at, end))
-                    logits[at - first : end - first].add_(bias)
+                    cut = logits[at - first : end - first]
+                    self.masks.hide_(cut, entry, positions, self._last_keys(at, end))
             weight = tile_sum(softmax_(logits, dim=0), tiling.query_tile)
             self._spread(weight, first, out[pair])
         return out

@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa_compile.kernels.attend.plan import Workspace
 from nsa_compile.kernels.geometry import Tiling
 from nsa_compile.kernels.modifiers import Modifiers
+from nsa_compile.kernels.score.half import bits
 from nsa_compile.kernels.visibility import Visibility, sees
 
 
@@ -41,11 +42,12 @@ def add_alibi_(
     return logits.add_(distances[..., None, None] * slopes[:, None])
 
 
-def softmax_(logits: Tensor, dim: int) -> Tensor:
-    """Softmax over ``dim``; where all are -inf, or one is NaN, it becomes 0."""
+def softmax_(logits: Tensor, dim: int, factor: float = 1.0) -> Tensor:
+    """Softmax of ``factor > 0`` times logits; where all are -inf, or one is NaN, it becomes 0."""
     top = logits.amax(dim=dim, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
-    total = logits.sub_(top).exp_().sum(dim=dim, keepdim=True)
-    alive = total >= 1  # the largest logit adds exp(0)
+    torch.add(top.mul_(-factor), logits, alpha=factor, out=logits)
+    total = logits.exp_().sum(dim=dim, keepdim=True)
+    alive = total > 0.5  # the largest logit adds exp(0), but for a rounding of ``factor``
     if not bool(alive.all()):
         logits.masked_fill_(~alive, 0.0)
         total.masked_fill_(~alive, 1.0)
@@ -61,7 +63,7 @@ def tile_sum(shares: Tensor, query_tile: int) -> Tensor:
 
 
 class Masks:
-    """The mask, but for padding, as what it adds to logits: 0 or -inf."""
+    """The mask, but for padding."""
 
     def __init__(
         self, tiling: Tiling, visibility: Visibility, dtype: torch.dtype, workspace: Workspace
@@ -69,16 +71,31 @@ class Masks:
         self.tiling, self.dtype, self._workspace = tiling, dtype, workspace
         self.terms = replace(visibility, valid=None)
 
-    def bias(self, entry: int, positions: tuple[int, int], keys: range) -> Tensor:
-        """[keys, 1, rows] for the queries at ``positions`` of a batch entry."""
+    def hide_(self, logits: Tensor, entry: int, positions: tuple[int, int], keys: range) -> Tensor:
+        """-inf where the queries at ``positions`` of a batch entry do not see a key.
+
+        Logits [keys, G, rows].
+        """
         place: tuple[object, ...] = (entry, positions, keys)
         if self.terms.unlimited:  # Along the diagonal all runs of tiles have the same few.
             real = min(keys.stop, self.tiling.kv_len) - keys.start
             place = (positions[0] - keys.start, positions[1] - keys.start, len(keys), real)
-        bias: Tensor = self._workspace.mask(place, lambda: self._bias(entry, positions, keys))
-        return bias
+        if logits.dtype.itemsize > 2:
+            return logits.add_(
+                self._workspace.mask(place, lambda: self._bias(entry, positions, keys))
+            )
+        # 16-bit sums are many times slower than operations on bits.
+        keep, hidden = self._workspace.mask(place, lambda: self._bits(entry, positions, keys))
+        bits(logits).bitwise_and_(keep).bitwise_or_(hidden)
+        return logits
+
+    def _bits(self, entry: int, positions: tuple[int, int], keys: range) -> tuple[Tensor, Tensor]:
+        """int16: the bits of logits to keep, and those to set."""
+        bias = self._bias(entry, positions, keys).contiguous()
+        return -(bias == 0).to(torch.int16), bits(bias)
 
     def _bias(self, entry: int, positions: tuple[int, int], keys: range) -> Tensor:
+        """[keys, 1, rows], 0 or -inf."""
         rows = torch.arange(*positions)
         columns = torch.arange(keys.start, keys.stop, keys.step)[:, None]
         seen = sees(rows, columns, self.tiling)
