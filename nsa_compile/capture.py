@@ -104,11 +104,10 @@ def _run(
     default_device: AbstractContextManager[Any],
 ) -> Capture:
     result = Capture()
-    compiled = torch.compile(model, backend=_keeper(result, known), dynamic=dynamic)
     limits = torch._dynamo.config.patch(**NO_LIMIT)
     with _dynamo_counters(result), sizes_forgotten(), limits, default_device:
         try:
-            compiled(*args, **kwargs)
+            torch.compile(model, backend=_keeper(result, known), dynamic=dynamic)(*args, **kwargs)
         except Exception as error:
             result.error = error
     return result

@@ -20,7 +20,7 @@ def headline(message: str) -> str:
 
 def describe(error: BaseException) -> str:
     """An exception in one line; under Dynamo's wrapping, the model's own error and its place."""
-    text = str(error)
+    text = _text(error)
     cause, place = _CAUSE.search(text), _USER_CODE.search(text)
     if cause is not None:
         line = f"{cause[1]}: {cause[3]}"
@@ -34,9 +34,16 @@ def describe(error: BaseException) -> str:
     return line
 
 
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # the model's own class of error, which cannot even say what happened
+        return ""
+
+
 def needs_data(error: BaseException) -> bool:
     """Whether a forward failed because it reads tensor values, which meta tensors do not have."""
-    text = str(error)
+    text = _text(error)
     return (
         "DataDependent" in type(error).__name__
         or "data-dependent" in text.lower()
@@ -48,4 +55,5 @@ def needs_data(error: BaseException) -> bool:
 
 def mixes_devices(error: BaseException) -> bool:
     """Whether an operator was given tensors of different devices."""
-    return "two different devices" in str(error) or "same device" in str(error)
+    text = _text(error)
+    return "two different devices" in text or "same device" in text

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from nsa_compile.cli.arguments import parser
 from nsa_compile.cli.completion import completion
 from nsa_compile.cli.real import Done, check, verify_and_save
 from nsa_compile.cli.values import UsageError, check_folder, check_writable, pairs, reasons, write
+from nsa_compile.dynamo_text import describe
 from nsa_compile.graphs import GraphFolder, GraphFolderError
 from nsa_compile.passes.config import NSAConfig, NSAConfigError
 from nsa_compile.passes.projection import LENGTHS
@@ -23,7 +25,7 @@ from nsa_compile.preview import ForwardError, preview, progress
 from nsa_compile.report import RewriteReport
 from nsa_compile.report.diff import ReportFileError, difference, read_report
 from nsa_compile.report.story import chosen, story
-from nsa_compile.targets import EXPECTED, Request, TargetError
+from nsa_compile.targets import EXPECTED, Request, TargetError, path_of
 from nsa_compile.verification import VerifyReport
 
 DONE, KEPT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -37,18 +39,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``nsa-convert``; returns the exit status."""
     _never_fail_to_print()
     try:
-        return _run(parser().parse_args(argv))
+        arguments = parser().parse_args(argv)
+    except UsageError as error:
+        return _refused(error)
     except SystemExit as finished:  # --help and --version
         return int(finished.code or 0)
+    try:
+        return _run(arguments)
     except _MISTAKES as error:
-        print(f"nsa-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        return _refused(error)
+    except SystemExit as error:
+        return _refused(f"{arguments.target} ended the run: {describe(error)}")
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except KeyboardInterrupt:
         print("nsa-convert: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _refused(why: object) -> int:
+    print(f"nsa-convert: error: {' '.join(str(why).split())}", file=sys.stderr)
+    return BAD_INPUT
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -60,19 +72,19 @@ def _run(arguments: argparse.Namespace) -> int:
         return _diff(arguments)
     config = NSAConfig.from_options(pairs("--option", arguments.option))
     fatal = reasons("--fail-on", arguments.fail_on)
-    for flag, path, _ in _files(arguments):
-        check_writable(flag, path)
-    check_folder("--graph", arguments.graph)
     check(arguments)
+    _check_files(arguments)
+    check_folder("--graph", arguments.graph)
     folder = None if arguments.graph is None else GraphFolder(arguments.graph)
     lengths = arguments.lengths or LENGTHS
     request = _request(arguments)
-    report, notes = preview(request, config, lengths, folder)
     done = Done()
-    if arguments.verify or arguments.save:
-        done = verify_and_save(arguments, request, config)
-        report = done.report or report
-        report.verification = done.verification.to_dict() if done.verification else None
+    with redirect_stdout(sys.stderr):  # what the model prints is no part of the report
+        report, notes = preview(request, config, lengths, folder)
+        if arguments.verify or arguments.save:
+            done = verify_and_save(arguments, request, config)
+            report = done.report or report
+            report.verification = done.verification.to_dict() if done.verification else None
     explained = None if arguments.explain is None else _chosen(report, arguments.explain)
     if arguments.bench:
         _measure(report, arguments)
@@ -99,6 +111,20 @@ def _files(
         ("--markdown", arguments.markdown, RewriteReport.to_markdown),
         ("--html", arguments.html, RewriteReport.to_html),
     ]
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be written, or would be written over TARGET or another output."""
+    taken = {path_of(arguments.target or "").resolve(): "TARGET"}
+    if arguments.save is not None:
+        taken.setdefault(arguments.save.resolve(), "--save")
+    for flag, path, _ in _files(arguments):
+        check_writable(flag, path)
+        if path is None:
+            continue
+        other = taken.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise UsageError(f"{flag} {path}: would be written over {other}")
 
 
 def _diff(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from nsa_compile.cli.values import UsageError, check_writable
 from nsa_compile.dynamo_text import describe
 from nsa_compile.export import ConvertError, convert, imports, save
+from nsa_compile.export.call import call_text
 from nsa_compile.guards import ConversionWarning
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.projection import LENGTHS
@@ -157,21 +158,8 @@ def _told(program: ExportedProgram, path: Path, report: RewriteReport) -> list[s
     return [
         f"saved {path}: {summary(report)}",
         f'  to load it: import {needed}; program = torch.export.load("{path}")',
-        f"  to call it: program.module()({_call(program)})",
+        f"  to call it: program.module()({call_text(*(program.example_inputs or ((), {})))})",
     ]
-
-
-def _call(program: ExportedProgram) -> str:
-    """The arguments that it takes, as it was exported: ``int64[1, 96], use_cache=False``."""
-    args, kwargs = program.example_inputs or ((), {})
-    named = [*(("", each) for each in args), *((f"{name}=", each) for name, each in kwargs.items())]
-    return ", ".join(name + _shown(value) for name, value in named)
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else "..."
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsa_compile.targets.kinds import EXPECTED, load
+from nsa_compile.targets.kinds import EXPECTED, load, path_of
 from nsa_compile.targets.target import Request, Target, TargetError
 
-__all__ = ["EXPECTED", "Request", "Target", "TargetError", "load"]
+__all__ = ["EXPECTED", "Request", "Target", "TargetError", "load", "path_of"]

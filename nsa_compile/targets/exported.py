@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zipfile
 from collections.abc import Iterator
@@ -35,12 +36,15 @@ def load_exported(path: Path, request: Request) -> Target:
         raise TargetError(
             f"{path}: expected an exported program (torch.export.save), got no archive"
         )
-    try:
-        with _only_plain_values(request.trust):
-            program = torch.export.load(path)
-    except Exception as error:
-        todo = "" if request.trust else "; if it holds pickled objects you trust, pass --trust"
-        raise TargetError(f"{path} cannot be loaded: {_one_line(error)}{todo}") from error
+    with _logged_errors() as logged:
+        try:
+            with _only_plain_values(request.trust):
+                program = torch.export.load(path)
+        except Exception as error:
+            causes = [_first_cause(each) for each in (*logged, error)]
+            pickled = any("weights_only" in str(each) for each in causes)
+            todo = "; if it holds pickled objects you trust, pass --trust" if pickled else ""
+            raise TargetError(f"{path} cannot be loaded: {_one_line(causes[0])}{todo}") from error
     target = Target(path.stem, torch.nn.Module(), program=program)
     target.args, target.kwargs = program.example_inputs or ((), {})
     gm = program.graph_module
@@ -92,6 +96,31 @@ def load_pickled(path: Path, request: Request) -> Target:
 
 
 @contextmanager
+def _logged_errors() -> Iterator[list[BaseException]]:
+    """What torch logs with its stack, before it raises "check the warnings above": held back."""
+    found: list[BaseException] = []
+
+    def keep(entry: logging.LogRecord) -> bool:
+        if not entry.exc_info or entry.exc_info[1] is None:
+            return True
+        found.append(entry.exc_info[1])
+        return False
+
+    log = logging.getLogger("torch.export")
+    log.addFilter(keep)
+    try:
+        yield found
+    finally:
+        log.removeFilter(keep)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextmanager
 def _only_plain_values(trust: bool) -> Iterator[None]:
     before = os.environ.get(_NO_PICKLES)
     if not trust:
@@ -105,5 +134,5 @@ def _only_plain_values(trust: bool) -> Iterator[None]:
             os.environ[_NO_PICKLES] = before
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return describe(error)[:300]

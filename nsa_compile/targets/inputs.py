@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nsa_compile.targets.target import DEFAULT_LENGTH, Request, TargetError
+from nsa_compile.targets.target import DEFAULT_LENGTH, MOST_ELEMENTS, Request, TargetError
 
 _EXPECTED = "expected name=dtype[size,...], such as input_ids=int64[1,T]"
 _INPUT = re.compile(r"\s*(?:([A-Za-z_]\w*)\s*=\s*)?([A-Za-z]\w*)\s*\[([^\[\]]*)\]\s*(?:,|;|$)")
@@ -25,7 +25,6 @@ _DTYPES = {
 }  # fmt: skip
 # A symbolic dimension of one element would be taken for a constant.
 _FROM_REQUEST = {"T": ("seq_len", DEFAULT_LENGTH), "B": ("batch", 2)}
-_MOST = 1 << 40  # elements of one input
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _tensor(given: _Input, sizes: dict[str, int]) -> torch.Tensor:
     elements = 1
     for size in shape:
         elements *= size
-    if elements > _MOST:
+    if elements > MOST_ELEMENTS:
         raise TargetError(f"--inputs: expected at most 2**40 elements in an input, got {shape}")
     tensor = torch.zeros(shape, dtype=given.dtype, device="meta")
     for dimension, (name, _) in enumerate(given.dimensions):

@@ -115,6 +115,15 @@ def _check_options(kind: Kind, request: Request) -> None:
             )
 
 
+def path_of(target: str) -> Path:
+    """The file or folder that ``target`` names, if it names one.
+
+    Raises:
+        TargetError: it can be no path.
+    """
+    return _split(target)[0]
+
+
 def _split(target: str) -> tuple[Path, str | None]:
     """``"a/b.py:make"`` -> (a/b.py, "make"); a path that exists as it is keeps its colons."""
     path, name = Path(target), None

@@ -35,9 +35,7 @@ def load_real(request: Request) -> Target:
             f"{target.name} drew random numbers and loaded no state_dict: if its weights are "
             "random, what is measured says nothing about a trained model"
         )
-    held: Any = target.program.state_dict if target.program is not None else None
-    held = target.model.state_dict() if held is None else held
-    meta = [name for name, tensor in held.items() if getattr(tensor, "is_meta", False)]
+    meta = [name for name, tensor in _weights(target) if tensor.is_meta]
     if meta:
         raise TargetError(
             f"{request.target}: {len(meta)} weights are on the meta device ({meta[0]}, ...) and "
@@ -136,9 +134,13 @@ def read_batch(path: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def device_of(target: Target) -> torch.device:
     """Where the weights are."""
+    return next((tensor.device for _, tensor in _weights(target)), torch.device("cpu"))
+
+
+def _weights(target: Target) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers, by name."""
     held: Any = target.model if target.program is None else target.program
-    tensors = itertools.chain(held.parameters(), held.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return itertools.chain(held.named_parameters(), held.named_buffers())
 
 
 def _like(target: Target) -> Any:

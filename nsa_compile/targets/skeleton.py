@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map_only
 
+from nsa_compile.dynamo_text import describe, needs_data
 from nsa_compile.targets.target import Request
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
@@ -46,7 +47,8 @@ def build_skeleton(builder: Callable[[], Any]) -> Skeleton:
     Factories with a fixed result (``arange``, ``ones``, ``zeros``, ``full``, ``tensor``, ...) run
     for real, so the values of buffers such as a ``tril`` mask stay known; ``empty`` and random ones
     give meta tensors. A builder that mixes both in a way that has no answer is run again entirely
-    on the meta device: then no value is known.
+    on the meta device: then no value is known. One that reads values of its weights is run for
+    real, with all the memory that this takes.
 
     Raises:
         Exception: what ``builder`` itself raised.
@@ -82,10 +84,20 @@ def _build_on_meta(builder: Callable[[], Any], first: Exception) -> Skeleton:
     try:
         with _META, torch.no_grad():
             result = builder()
-    except Exception:
+    except Exception as second:
+        if needs_data(first) or needs_data(second):
+            return _build_for_real(builder)
         raise first from None
-    note = f"buffer values are unknown: building with them failed ({type(first).__name__}: {first})"
+    note = f"buffer values are unknown: building with them failed ({describe(first)})"
     return Skeleton(_ToMeta().everything(result), notes=[note])
+
+
+def _build_for_real(builder: Callable[[], Any]) -> Skeleton:
+    with torch.no_grad():
+        result = builder()
+    to_meta = _ToMeta()
+    note = "the model was built with its weights: building it reads values that meta tensors lack"
+    return Skeleton(to_meta.everything(result), to_meta.values, [note])
 
 
 class _KnownValues(TorchFunctionMode):

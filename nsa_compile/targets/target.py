@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from nsa_compile.capture import CapturedGraph
 
 DEFAULT_LENGTH = 8192
+MOST_ELEMENTS = 1 << 40  # of one input
 
 
 class TargetError(Exception):
@@ -69,6 +70,8 @@ class Target:
 
 def token_ids(batch: int, length: int) -> torch.Tensor:
     """Stand-in token ids, int64 [B, T] on the meta device."""
+    if batch * length > MOST_ELEMENTS:
+        raise TargetError(f"expected at most 2**40 tokens in a batch, got {batch} x {length}")
     return torch.zeros(batch, length, dtype=torch.long, device="meta")
 
 
@@ -87,6 +90,7 @@ def own_length(config: Any) -> int:
     """The longest sequence that a model's ``config`` names, or :data:`DEFAULT_LENGTH`."""
     for name in ("max_position_embeddings", "n_positions", "block_size", "max_seq_len", "n_ctx"):
         value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if is_number and 0 < value <= MOST_ELEMENTS:
             return value
     return DEFAULT_LENGTH

@@ -34,11 +34,11 @@ def _over_all_keys(arguments: tuple[Any, ...]) -> Tensor:
     key_segments, slopes, positions, scale, softcap, causal, offset, *sizes = rest
     length = q.shape[2]
     plain = valid is None and ranges is None and segments is None and offset == 0
-    step = length if plain and sizes[0] is None else max(1, _AT_ONCE // max(1, k.shape[2]))
+    step = length if plain and sizes[0] is None else _AT_ONCE // max(1, k.shape[2])
     blocks = torch.zeros(k.shape[0], k.shape[1], 0, dtype=torch.int32, device=q.device)
     parts = []
-    for first in range(0, length, step):
-        rows = slice(first, first + step)
+    for first in range(0, max(1, length), max(1, step)):
+        rows = slice(first, first + max(1, step))
         terms = (
             valid,
             None if ranges is None else ranges[:, rows],

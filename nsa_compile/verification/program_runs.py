@@ -7,16 +7,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from nsa_compile.export.call import call_text
 from nsa_compile.export.conversion import convert, known_values, root_class
 from nsa_compile.export.file import children
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.pipeline import analyse
 from nsa_compile.verification.run import Comparison, copied
+
+
+def _fits(expected: Any, given: Any) -> bool:
+    if not (isinstance(expected, Tensor) and isinstance(given, Tensor)):
+        return True
+    sizes = zip(expected.shape, given.shape, strict=False)
+    return expected.dim() == given.dim() and all(
+        not isinstance(size, int) or size == got for size, got in sizes
+    )
 
 
 class ProgramRuns:
@@ -31,11 +41,22 @@ class ProgramRuns:
         rest = [key for key in kwargs if key not in order]
         self.kwargs = {key: kwargs[key] for key in (*order, *rest)}
         self.leaves, given = tree_flatten((args, self.kwargs))
-        if spec is not None and given != spec:
+        if (spec is not None and given != spec) or not self._fit():
+            taken = program.example_inputs
+            expected = "others" if taken is None else f"({call_text(*taken)})"
             raise TypeError(
-                f"the program takes inputs of the structure {spec}, got {given}; pass what it was "
-                "exported with"
+                f"the program takes {expected}, got ({call_text(args, kwargs)}); pass inputs of "
+                "the structure and of the sizes that it was exported with"
             )
+
+    def _fit(self) -> bool:
+        """Whether the inputs have the sizes that are fixed in the graph."""
+        values = {
+            node.name: node.meta.get("val")
+            for node in self.program.graph.find_nodes(op="placeholder")
+        }
+        own = [values.get(name) for name in self.program.graph_signature.user_inputs]
+        return all(map(_fits, own, self.leaves))
 
     def compare(self, config: NSAConfig) -> Comparison:
         gm: fx.GraphModule = copy.deepcopy(self.program.graph_module)

@@ -92,6 +92,24 @@ FILES = {
         "",
         "KeyError: 'key'",
     ),
+    "exits in forward": (
+        "import sys, torch\nfrom torch import nn\nclass M(nn.Module):\n"
+        "    def forward(self, x):\n        sys.exit(4)\n"
+        "def build(): return M(), torch.ones(9)\n",
+        "",
+        "target.py ended the run: SystemExit: 4",
+    ),
+    "an error without words": (
+        "class Mute(Exception):\n    def __str__(self): return 1 / 0\ndef build(): raise Mute\n",
+        "",
+        "raised Mute (line 3)",
+    ),
+    "scripted": (
+        "import torch\nfrom torch import nn\n"
+        "def build(): return torch.jit.script(nn.Linear(3, 4)), torch.ones(2, 3)\n",
+        "",
+        "torch.compile does not support compiling torch.jit.script",
+    ),
 }
 
 ARGUMENTS = {
@@ -188,7 +206,18 @@ ARGUMENTS = {
     "lengths in words": ((MODELS, "--lengths", "8192,long"), "positive integer, got 'long'"),
     "length zero among lengths": ((MODELS, "--lengths", "8192,0"), "positive integer, got '0'"),
     "huge length": ((MODELS, "--seq-len", "9" * 30), "expected a positive integer"),
+    "more tokens than anyone has": (
+        (f"{MODELS}:just_a_model", "--seq-len", 1 << 39, "--batch", 1 << 39),
+        "expected at most 2**40 tokens in a batch, got 549755813888 x 549755813888",
+    ),
     "json to a directory": ((MODELS, "--json", "tests"), "--json tests: is a directory"),
+    "json over the target": ((MODELS, "--json", MODELS), "would be written over TARGET"),
+    "markdown over the file of a callable": (
+        (f"{MODELS}:by_keyword", "--markdown", MODELS), "would be written over TARGET",
+    ),
+    "two outputs in one file": (
+        (MODELS, "--json", "a.x", "--html", "./a.x"), "--html a.x: would be written over --json",
+    ),
     "json into nowhere": ((MODELS, "--json", "no/such/a.json"), "directory no/such does not exist"),
     "markdown into nowhere": ((MODELS, "--markdown", "no/a.md"), "directory no does not exist"),
 }  # fmt: skip

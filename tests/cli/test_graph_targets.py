@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,6 @@ def test_nothing_runs_without_trust(convert: Runner, tmp_path: Path, suffix: str
 def test_a_pickle_inside_an_exported_program_is_not_run_without_trust(
     convert: Runner, tmp_path: Path
 ) -> None:
-    import zipfile
-
     path, bad = exported(tmp_path / "tiny.pt2"), tmp_path / "bad.pt2"
     bomb = tmp_path / "bomb"
     torch.save(Bomb(), bomb)
@@ -103,6 +102,33 @@ def test_a_pickle_inside_an_exported_program_is_not_run_without_trust(
     assert outcome.status == 2
     assert "the pickle ran code" not in outcome.err
     assert "pass --trust" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"scaled_dot_product_attention", b"scaled_dot_product_nothing", "failed to resolve torch"),
+        (
+            b'"schema_version": {"major": ',
+            b'"schema_version": {"major": 99',
+            "does not match our c",
+        ),
+    ],
+    ids=["an operator nobody knows", "a later schema"],
+)
+def test_a_program_of_another_version_is_refused_in_one_line(
+    convert: Runner, tmp_path: Path, old: bytes, new: bytes, words: str
+) -> None:
+    path, other = exported(tmp_path / "tiny.pt2"), tmp_path / "other.pt2"
+    with zipfile.ZipFile(path) as good, zipfile.ZipFile(other, "w") as out:
+        for name in good.namelist():
+            out.writestr(name, good.read(name).replace(old, new))
+        assert any(old in good.read(name) for name in good.namelist())
+    outcome = convert(other)
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert words in outcome.err
+    assert "--trust" not in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,20 @@ def test_a_script_is_saved_with_the_weights_that_it_makes(
     ]  # fmt: skip
 
 
+def test_a_program_is_run_on_inputs_like_its_own_alone(convert: Runner, tmp_path: Path) -> None:
+    program, data = tmp_path / "in.pt2", tmp_path / "data.pt"
+    ids = token_ids(96)
+    torch.export.save(torch.export.export(build("tril_gpt"), (ids,)), program)
+    for given, words in (
+        (token_ids(95), "takes (int64[2, 96]), got (int64[2, 95]); pass"),
+        ({"input_ids": ids}, "takes (int64[2, 96]), got (input_ids=int64[2, 96]); pass"),
+        ((ids, 3), "got (int64[2, 96], 3); pass"),
+    ):
+        torch.save(given, data)
+        outcome = convert(program, "--verify", "--data", data)
+        check(outcome.status, outcome.err, words)
+
+
 def test_named_sizes_stay_symbolic(convert: Runner, script: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.pt2"
     given = ("--seq-len", 64, "--inputs", "int64[B,T]", *SPARSE)

@@ -115,6 +115,32 @@ def test_dropout_counts_only_with_train(convert: Runner) -> None:
     assert reasons == ["dropout", "dropout"]
 
 
+def test_what_a_model_prints_is_no_part_of_the_report(convert: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "talks.py"
+    path.write_text(
+        "from tests.cli.models import build as quiet\n"
+        "print('imported')\n"
+        "def build():\n    print('built')\n    return quiet()\n"
+    )
+    outcome = convert(path)
+    assert outcome.err == "imported\nbuilt\n"
+    assert outcome.out.startswith("Model: 2 of 2")
+
+
+def test_a_builder_that_reads_its_weights_is_run_for_real(convert: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "reads.py"
+    path.write_text(
+        "from tests.cli.models import build as quiet\n"
+        "def build():\n"
+        "    model, inputs = quiet()\n"
+        "    model.norm = max(float(weight.norm()) for weight in model.parameters())\n"
+        "    return model, inputs\n"
+    )
+    outcome = convert(path)
+    assert outcome.verdicts() == LAYERS
+    assert "note: the model was built with its weights: building it reads values" in outcome.err
+
+
 def test_no_attention_is_said_and_is_no_error(convert: Runner) -> None:
     outcome = convert(f"{MODELS}:convolution", "--strict")
     assert outcome.status == 0

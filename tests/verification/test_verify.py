@@ -242,7 +242,7 @@ def test_an_exported_program_gives_the_same_numbers() -> None:
     assert a["end_to_end"] == b["end_to_end"]
     assert a["suggestion"] == b["suggestion"]
     assert reports[1].model == "TrilGPT"
-    with pytest.raises(TypeError, match="takes inputs of the structure"):
+    with pytest.raises(TypeError, match="pass inputs of the structure"):
         nsa_compile.verify(program, ids, ids)
 
 
