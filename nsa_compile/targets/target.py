@@ -90,7 +90,8 @@ def own_length(config: Any) -> int:
     """The longest sequence that a model's ``config`` names, or :data:`DEFAULT_LENGTH`."""
     for name in ("max_position_embeddings", "n_positions", "block_size", "max_seq_len", "n_ctx"):
         value = getattr(config, name, None)
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if is_number and 0 < value <= MOST_ELEMENTS:
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if 0 < value <= MOST_ELEMENTS:
             return value
     return DEFAULT_LENGTH
