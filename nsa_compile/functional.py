@@ -64,6 +64,8 @@ __all__ = [
     "sliding_window_attention",
 ]
 
+_DEFAULTS = NSAConfig()  # made here: compiled code cannot make one
+
 
 def compress(x: Tensor, *, block: int, stride: int, valid: Tensor | None = None) -> Tensor:
     """Mean-pool keys (or values) into compressed blocks (arXiv 2502.11089, eq. 7, mean as phi).
@@ -371,8 +373,8 @@ def nsa_attention(
         v: [B, Hkv, Tk, Dv], the dtype of q.
         gates: [B, Hq, Tq, 3], floating, of the compressed, selected and window branch, used as
             they are: a sigmoid is the caller's. For ``merge="gate"`` alone.
-        config: NSAConfig, a mapping of its options, or None for the defaults; a compiled function
-            with ``fullgraph=True`` needs an NSAConfig that was made outside of it.
+        config: NSAConfig, a mapping of its options, or None for the defaults; a function compiled
+            with ``fullgraph=True`` takes an NSAConfig that was made outside of it, or None.
         window: the site's own sliding window; ``config.window`` is what is always read.
         scale: of the logits; None is ``1 / sqrt(D)``.
 
@@ -387,7 +389,7 @@ def nsa_attention(
     check_mask(window, 0)
     ranges = packed_ranges(cu_seqlens, ranges, q.shape[2], k.shape[2], offset)
     check_terms(q, k, ranges, query_segments, key_segments, slopes, positions, softcap)
-    options = NSAConfig.from_options(config)
+    options = _DEFAULTS if config is None else NSAConfig.from_options(config)
     check_gates(gates, q, options.merge)
     q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))  # once, not in each operator
     factor = logit_scale(scale, q.shape[3])

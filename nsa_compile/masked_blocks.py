@@ -27,7 +27,8 @@ def blocks_from_mask(
         int32 [B, Hkv, ceil(Tq / R), n], ascending, -1 at the end.
 
     Raises:
-        ValueError: a wrong shape, dtype or size, or ``num_selected`` blocks do not hold a tile's.
+        ValueError: a wrong shape, dtype or size, or ``num_selected`` blocks do not hold a tile's
+            (on the GPU and in compiled code an assertion on the device).
     """
     mask = _four_axes(mask, block, query_tile)
     heads = mask.shape[1]
@@ -44,18 +45,25 @@ def blocks_from_mask(
     mask = torch.nn.functional.pad(mask, (0, beyond, 0, below))
     seen = mask.unflatten(3, (-1, block)).any(4).unflatten(2, (-1, query_tile)).any(3)
     counts = seen.sum(-1)
-    most = int(counts.max()) if counts.numel() else 0
-    if num_selected is not None and most > num_selected:
-        raise ValueError(
-            f"a tile of {query_tile} queries sees {most} blocks of {block} keys, more than "
-            f"num_selected={num_selected}; raise it"
-        )
-    slots = max(1, most) if num_selected is None else num_selected
+    if num_selected is None:
+        num_selected = max(1, int(counts.max())) if counts.numel() else 1
+    else:
+        _check_budget(counts, num_selected, f"a tile of {query_tile} queries sees more than")
     # Seen blocks first, each part in order.
-    order = torch.sort(~seen, dim=-1, stable=True).indices[..., :slots]
-    order = torch.nn.functional.pad(order, (0, slots - order.shape[-1]), value=-1)
-    filled = torch.arange(slots, device=mask.device) < counts[..., None]
+    order = torch.sort(~seen, dim=-1, stable=True).indices[..., :num_selected]
+    order = torch.nn.functional.pad(order, (0, num_selected - order.shape[-1]), value=-1)
+    filled = torch.arange(num_selected, device=mask.device) < counts[..., None]
     return torch.where(filled, order, -1).to(torch.int32)
+
+
+def _check_budget(counts: Tensor, num_selected: int, text: str) -> None:
+    """On the host where that waits for nothing, else where ``counts`` are."""
+    text = f"{text} num_selected={num_selected} blocks; raise it"
+    fits = (counts <= num_selected).all()
+    if torch.compiler.is_compiling() or counts.device.type != "cpu":
+        torch._assert_async(fits, text)
+    elif not fits:
+        raise ValueError(text)
 
 
 def _four_axes(mask: Tensor, block: int, query_tile: int) -> Tensor:

@@ -61,7 +61,7 @@ def _forward(implementation: Any) -> Any:
     ) -> tuple[Tensor, Tensor]:
         check_dtypes(q=q, k=k, v=v)
         site, dense_len = Site(*args[:-1]), args[-1]
-        if _is_sdpa(site, k, dense_len):
+        if _is_sdpa(site, q, k, dense_len):
             mask = (site.scale, site.causal, site.offset, site.window)
             out, lse = dense.forward(q, k, v, site.valid, *mask)
         else:
@@ -81,7 +81,7 @@ def _backward(implementation: Any) -> Any:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         site, dense_len = Site(*args[:-1]), args[-1]
         saved = (grad_out, grad_lse, q, k, v, out, lse)
-        if _is_sdpa(site, k, dense_len):
+        if _is_sdpa(site, q, k, dense_len):
             mask = (site.scale, site.causal, site.offset, site.window)
             grads = dense.backward(*saved, site.valid, *mask)
         else:
@@ -93,8 +93,8 @@ def _backward(implementation: Any) -> Any:
     return kernel
 
 
-def _is_sdpa(site: Site, k: Tensor, dense_len: int) -> bool:
-    return k.shape[2] == 0 or (k.shape[2] <= dense_len and site.like_sdpa)
+def _is_sdpa(site: Site, q: Tensor, k: Tensor, dense_len: int) -> bool:
+    return q.numel() == 0 or k.shape[2] == 0 or (k.shape[2] <= dense_len and site.like_sdpa)
 
 
 def _blocks_read(

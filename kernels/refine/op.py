@@ -52,6 +52,8 @@ def _dispatch(implementation: Any) -> Any:
         local_window: int, dense_len: int,
     ) -> Tensor:  # fmt: skip
         tiles = geometry.num_tiles(q.shape[2], query_tile)
+        if q.numel() == 0:
+            return q.new_empty((*k.shape[:2], tiles * num_selected), dtype=torch.int32)
         proposed = candidates.reshape(*candidates.shape[:2], tiles, -1)
         if k.shape[2] <= dense_len or proposed.shape[3] <= num_selected:
             missing = max(0, num_selected - proposed.shape[3])

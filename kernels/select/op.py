@@ -61,7 +61,7 @@ def _dispatch(implementation: Any) -> Any:
         init_blocks: int, local_window: int, compress_block: int, compress_stride: int,
         dense_len: int, lse: Tensor | None = None, importance: str = "overlap",
     ) -> Tensor:  # fmt: skip
-        if k.shape[2] <= dense_len:
+        if k.shape[2] <= dense_len or q.numel() == 0:
             slots = geometry.num_tiles(q.shape[2], query_tile) * num_selected
             return q.new_full((k.shape[0], k.shape[1], slots), -1, dtype=torch.int32)
         geometry.check_budget(

@@ -119,6 +119,39 @@ def test_the_order_of_64_bit_indices_does_not_matter() -> None:
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("sizes", [(0, 40, 40), (2, 0, 40), (2, 40, 0), (2, 0, 0)], ids=str)
+def test_nothing_to_attend_to_or_from(sizes: tuple[int, int, int]) -> None:
+    batch, q_len, kv_len = sizes
+    q, k, v = (
+        torch.randn(batch, heads, length, D, requires_grad=True)
+        for heads, length in ((HQ, q_len), (HKV, kv_len), (HKV, kv_len))
+    )
+    small = {"select_block": 16, "num_selected": 3, "window": 8, "query_tile": 1}
+    gated = {"merge": "gate", "compress_block": 8, "compress_stride": 4, **small}
+    blocks = functional.select_blocks(q, k, **SMALL)
+    assert blocks.shape == (batch, HKV, -(-q_len // 16), 5)
+    outs = [
+        functional.selected_attention(q, k, v, blocks, block=16, query_tile=16),
+        functional.sliding_window_attention(q, k, v, window=9),
+        functional.nsa_attention(q, k, v, config={"dense_len": 0, **small}),
+        functional.nsa_attention(q, k, v, gates=torch.sigmoid(q[..., :3]), config=gated),
+    ]
+    for out in outs:
+        assert out.shape == q.shape
+        assert not out.any()
+        out.sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("config", [None, NSAConfig(dense_len=0)])
+def test_the_whole_path_compiles_whole(config: Any) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return functional.nsa_attention(q, k, v, config=config)
+
+    whole = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(*tensors()), attend(*tensors()))
+
+
 q, k, v = tensors()
 blocks = torch.zeros(B, HKV, 13, 5, dtype=torch.int32)
 WRONG = {

@@ -72,9 +72,21 @@ def test_heads_of_a_group_share_what_either_sees() -> None:
         (torch.ones(1, 4, 4).bool(), {}, r"got torch.bool \[1, 4, 4\]"),
         (torch.ones(4, 4).bool(), {"query_tile": 0}, "query_tile must be a positive integer"),
         (torch.ones(1, 3, 4, 4).bool(), {"kv_heads": 2}, "multiple of kv_heads, got 3 and 2"),
-        (torch.ones(4, 4).bool(), {"num_selected": 1}, "sees 2 blocks of 2 keys, more than num"),
+        (torch.ones(4, 4).bool(), {"num_selected": 1}, "sees more than num_selected=1 blocks"),
     ],
 )
 def test_wrong_arguments(mask: Tensor, given: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         functional.blocks_from_mask(mask, 2, **given)
+
+
+def test_a_given_budget_is_compiled_whole_and_known_without_values() -> None:
+    def blocks(mask: Tensor) -> Tensor:
+        return functional.blocks_from_mask(mask, 16, query_tile=16, num_selected=4)
+
+    mask = torch.ones(50, 60, dtype=torch.bool).tril()
+    whole = torch.compile(blocks, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert torch.equal(whole(mask), blocks(mask))
+    assert blocks(mask.to("meta")).shape == (1, 1, 4, 4)
+    with pytest.raises(RuntimeError, match="sees more than num_selected=4 blocks"):
+        whole(torch.ones(50, 90, dtype=torch.bool))
