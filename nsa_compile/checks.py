@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa_compile.kernels.autocast import autocast_dtype
+from nsa_compile.kernels.geometry import num_tiles
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.config_checks import IMPORTANCES, SCORERS
 
@@ -47,7 +48,7 @@ def check_scorer(scorer: str, importance: str) -> None:
 
 
 def check_blocks(block_indices: Tensor, q: Tensor, k: Tensor, query_tile: int) -> None:
-    tiles, shape = -(-q.shape[2] // query_tile), list(block_indices.shape)
+    tiles, shape = num_tiles(q.shape[2], query_tile), list(block_indices.shape)
     batch, heads = k.shape[:2]
     if len(shape) != 4 or shape[:3] not in ([batch, h, tiles] for h in (heads, q.shape[1])):
         raise ValueError(

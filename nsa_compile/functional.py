@@ -48,6 +48,7 @@ from nsa_compile.checks import (
     pooled_keys,
 )
 from nsa_compile.kernels.autocast import autocast_dtype
+from nsa_compile.kernels.geometry import num_tiles
 from nsa_compile.masked_blocks import blocks_from_mask
 from nsa_compile.packed import packed_ranges
 from nsa_compile.passes import merges
@@ -244,7 +245,7 @@ def select_blocks(
                 importance,
             )  # fmt: skip
             results.append(scales)
-        tiles = -(-q.shape[2] // query_tile)
+        tiles = num_tiles(q.shape[2], query_tile)
         return tuple(x.unflatten(2, (tiles, num_selected)) for x in results)
 
     if share_selection:
