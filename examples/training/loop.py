@@ -17,8 +17,9 @@ from torch import Tensor
 
 from training.settings import Settings
 from training.text import Batch, Corpus
-from training.variants import Made, Variant
+from training.variants import Made, Variant, branches
 
+_WARMUP = 25  # steps at most; the first phase is short
 _SHOWN = 10  # steps between two looks at the loss: each look waits for the device
 
 
@@ -67,19 +68,38 @@ class Checkpoint:
         return held
 
 
-def optimizer_of(made: Made, device: str, rate: float) -> torch.optim.AdamW:
-    """AdamW; weight decay for matrices alone."""
-    parameters = list(made.weights.parameters())
+def optimizer_of(
+    made: Made, device: str, rate: float, gate_rate: float | None = None
+) -> torch.optim.AdamW:
+    """AdamW; weight decay for matrices alone.
+
+    Gates begin at the window. ``gate_rate`` opens them: at a rate that suits trained weights they
+    would stay there, and what the selected blocks hold would not be read.
+    """
+    times = 1.0 if gate_rate is None else gate_rate / rate
+    gates = [weight for part in branches(made.weights) for weight in part.gate.parameters()]
+    of_gates = {id(weight) for weight in gates}
+    others = [weight for weight in made.weights.parameters() if id(weight) not in of_gates]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": 0.1, "times": 1.0},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "times": 1.0},
+        {"params": gates, "weight_decay": 0.0, "times": times},
     ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=device == "cuda")
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.95),
+        fused=device == "cuda",
+    )  # fmt: skip
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """``rate`` for all but the gates, which keep their multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["times"]
 
 
 def rate_at(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine down to a tenth of ``peak``."""
-    warmup = max(steps // 20, 1)
+    """Linear warm-up, then a cosine down to a tenth of ``peak``."""
+    warmup = min(max(steps // 20, 1), _WARMUP)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(steps - warmup, 1)
@@ -123,7 +143,8 @@ def train(
     """Train ``made`` to the variant's last step, from ``checkpoint`` where ``resumed``."""
     settings, device = corpus.settings, corpus.device
     steps = variant.steps(settings)
-    optimizer, state = optimizer_of(made, device, variant.rate(settings)), State()
+    gate_rate = settings.tune_gate_rate if variant.tuned else None
+    optimizer, state = optimizer_of(made, device, variant.rate(settings), gate_rate), State()
     if resumed:
         held = checkpoint.load(device)
         made.weights.load_state_dict(held["model"])
@@ -131,21 +152,23 @@ def train(
         state = State(held["losses"], held["seconds"])
         del held  # its memory is not the step's
     task = bar.add_task(variant.text, total=steps, completed=state.step, loss=math.nan, rate=0.0)
-    before, began, seen, waiting = state.seconds, time.perf_counter(), time.perf_counter(), []
+    before, began, waiting, read = state.seconds, time.perf_counter(), [], 0
+    seen = began
     # The tuned variants see text that the weights they begin with have not seen.
-    first = settings.steps if variant.tuned else 0
+    first = settings.all_steps if variant.tuned else 0
     for step in range(state.step, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, variant.rate(settings))
-        waiting.append(one_step(made, optimizer, corpus.training(first + step), settings, device))
+        set_rate(optimizer, rate_at(step, steps, variant.rate(settings)))
+        batch = corpus.training(first + step)
+        waiting.append(one_step(made, optimizer, batch, settings, device))
+        read += batch.ids[:, 1:].numel()
         last, saves = step + 1 == steps, (step + 1) % save_every == 0
         if not (last or saves or len(waiting) == _SHOWN):
             continue
         state.losses += torch.stack(waiting).tolist()
         now = time.perf_counter()
-        rate = len(waiting) * settings.batch * settings.context / (now - seen)
-        bar.update(task, completed=state.step, loss=state.losses[-1] / math.log(2), rate=rate)
-        seen, waiting, state.seconds = now, [], before + now - began
+        speed = read / (now - seen)
+        bar.update(task, completed=state.step, loss=state.losses[-1] / math.log(2), rate=speed)
+        seen, waiting, read, state.seconds = now, [], 0, before + now - began
         if last or saves:
             checkpoint.save(made, optimizer, state)
     return state

@@ -47,7 +47,7 @@ def cost(made: Made, corpus: Corpus) -> dict[str, Any]:
     The steps have learning rate 0, so they change no weight.
     """
     settings, device = corpus.settings, corpus.device
-    optimizer, batch, times = optimizer_of(made, device, 0.0), corpus.training(0), []
+    optimizer, batch, times = optimizer_of(made, device, 0.0), corpus.full(), []
     for warm_up in (True, *(False,) * _TIMED):
         _settle(device)
         if device == "cuda" and not warm_up:
@@ -87,22 +87,31 @@ def without_branches(made: Made, corpus: Corpus) -> dict[str, dict[str, float]]:
 def breakdown(made: Made, corpus: Corpus) -> dict[str, float]:
     """Device milliseconds of one training step by operator: attention's, products, the rest."""
     settings, device = corpus.settings, corpus.device
-    optimizer, batch = optimizer_of(made, device, 0.0), corpus.training(0)
+    optimizer, batch = optimizer_of(made, device, 0.0), corpus.full()
     one_step(made, optimizer, batch, settings, device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         one_step(made, optimizer, batch, settings, device)
         _settle(device)
     spent: dict[str, float] = {}
     total = 0.0
-    for event in seen.key_averages():
-        name = _kind(event.key)
+    for event in seen.events():
         if event.device_type == DeviceType.CUDA:  # a kernel; operators hold those they launch
             total += event.self_device_time_total / 1e3
-        elif name is not None:
+        elif (name := _counted(event)) is not None:
             spent[name] = spent.get(name, 0.0) + event.device_time_total / 1e3
     spent["everything else"] = total - sum(spent.values())
     made.weights.zero_grad(set_to_none=True)
     return dict(sorted(spent.items(), key=lambda item: -item[1]))
+
+
+def _counted(event: Any) -> str | None:
+    """The row that ``event`` counts for; None inside an operator that counts already."""
+    outer = event.cpu_parent
+    while outer is not None:
+        if _kind(outer.name) is not None:
+            return None
+        outer = outer.cpu_parent
+    return _kind(event.name)
 
 
 def _kind(name: str) -> str | None:

@@ -1,4 +1,9 @@
-"""A small modern GPT over bytes: rotary positions, grouped key/value heads, RMSNorm, SwiGLU."""
+"""A small modern GPT over bytes: rotary positions, grouped key/value heads, RMSNorm, SwiGLU.
+
+Two choices make retrieval quick to learn. Keys also see the byte before theirs, so that one layer
+finds what stood after a byte; and only half the channels turn with the position, so that what is
+found near is found far away.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +27,14 @@ class Attention(nn.Module):
         self.k = nn.Linear(settings.width, settings.kv_heads * dim, bias=False)
         self.v = nn.Linear(settings.width, settings.kv_heads * dim, bias=False)
         self.out = nn.Linear(settings.q_heads * dim, settings.width, bias=False)
+        self.before = nn.Parameter(torch.full((settings.width,), 0.5))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
+        mixed = torch.lerp(x, F.pad(x, (0, 0, 1, -1)), self.before)
         q, k, v = (
-            project(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for project in (self.q, self.k, self.v)
+            part.view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for part in (self.q(x), self.k(mixed), self.v(x))
         )
         q, k = (_rotate(part, cos, sin) for part in (q, k))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -58,7 +65,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
         self.norm = nn.RMSNorm(settings.width)
         self.head = nn.Linear(settings.width, BYTES, bias=False)
-        dim = settings.head_dim
+        dim = settings.head_dim // 2
         rates = _ROTARY_BASE ** (-torch.arange(0, dim, 2) / dim)
         angles = torch.arange(settings.context)[:, None] * rates.repeat(2)
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -82,7 +89,8 @@ class GPT(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864), halves instead of neighbours; keeps the dtype of x."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+    """Rotary positions (arXiv 2104.09864) for the first channels; keeps the dtype of x."""
+    turning = cos.shape[-1]
+    first, second = x[..., :turning].chunk(2, dim=-1)
+    turned = x[..., :turning] * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.to(x.dtype), x[..., turning:]), dim=-1)

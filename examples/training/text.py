@@ -8,6 +8,7 @@ before it shows in the loss.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import sysconfig
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from training.settings import Settings
+from training.settings import Phase, Settings
 
 KEYS, VALUES = range(0x80, 0xE0), range(0xE0, 0x100)
 _PAIR, _QUESTION = b"\n#k:", b"\n#?:"
@@ -64,59 +65,64 @@ class Corpus:
         logarithm: near pairs teach what a question is, far ones that it may be about anything.
         """
         rng = random.Random(self.settings.seed * 1_000_003 + step)
-        return self._planted(self.train, rng, self.settings.repeats)
+        return self._planted(self.train, rng, self.settings.phase_at(step))
+
+    def full(self) -> Batch:
+        """A training batch of the full length."""
+        return self.training(self.settings.all_steps)
 
     def plain(self, index: int) -> Batch:
         """A held-out batch without pairs."""
-        rng = random.Random(-1 - index)
-        rows = [self._window(self.held_out, rng) for _ in range(self.settings.batch)]
+        rng, phase = random.Random(-1 - index), self.settings.phases[-1]
+        rows = [_window(self.held_out, rng, phase.context) for _ in range(phase.batch)]
         return self._batch(rows, [[] for _ in rows])
 
     def planted(self, index: int) -> Batch:
         """A held-out batch with pairs anywhere in the context, each place equally likely."""
-        return self._planted(self.held_out, random.Random(-1_000_001 - index), 0)
+        asked_at_the_end = dataclasses.replace(self.settings.phases[-1], repeats=0)
+        return self._planted(self.held_out, random.Random(-1_000_001 - index), asked_at_the_end)
 
-    def _planted(self, data: bytes, rng: random.Random, repeats: int) -> Batch:
-        rows = [self._window(data, rng) for _ in range(self.settings.batch)]
-        answers = [_plant(row, self.settings, rng, repeats) for row in rows]
-        # A tensor needs as many answers in each row; which are left out is chance already.
-        count = min(len(found) for found in answers)
-        return self._batch(rows, [found[:count] for found in answers])
-
-    def _window(self, data: bytes, rng: random.Random) -> bytearray:
-        size = self.settings.context + 1
-        start = rng.randrange(len(data) - size + 1)
-        return bytearray(data[start : start + size])
+    def _planted(self, data: bytes, rng: random.Random, phase: Phase) -> Batch:
+        rows = [_window(data, rng, phase.context) for _ in range(phase.batch)]
+        return self._batch(rows, [_plant(row, phase, rng) for row in rows])
 
     def _batch(self, rows: list[bytearray], answers: list[list[int]]) -> Batch:
         ids = torch.stack([torch.frombuffer(row, dtype=torch.uint8) for row in rows])
-        at = torch.tensor(answers, dtype=torch.long).view(len(rows), -1)
+        # A tensor needs as many answers in each row: the last stands there again.
+        most = max(len(found) for found in answers)
+        even = [found + found[-1:] * (most - len(found)) for found in answers]
+        at = torch.tensor(even, dtype=torch.long).view(len(rows), -1)
         return Batch(ids.to(self.device).long(), at.to(self.device))
 
 
-def _plant(row: bytearray, settings: Settings, rng: random.Random, repeats: int) -> list[int]:
+def _window(data: bytes, rng: random.Random, context: int) -> bytearray:
+    start = rng.randrange(len(data) - context)
+    return bytearray(data[start : start + context + 1])
+
+
+def _plant(row: bytearray, phase: Phase, rng: random.Random) -> list[int]:
     """Write pairs and questions into ``row``; returns where the answers are, the last lines' first.
 
-    ``settings.questions`` of the pairs are asked for in the last lines, and each up to ``repeats``
-    times before them.
+    ``phase.questions`` of the pairs are asked for in the last lines, and each up to
+    ``phase.repeats`` times before them.
     """
     slots = len(row) // _SLOT
-    last = slots - settings.questions
-    if last < settings.pairs:
+    last = slots - phase.questions
+    if last < phase.pairs:
         raise SystemExit(
-            f"a context of {settings.context} has room for {max(last, 0)} pairs beside "
-            f"{settings.questions} questions, got pairs={settings.pairs}"
+            f"a context of {phase.context} has room for {max(last, 0)} pairs beside "
+            f"{phase.questions} questions, got pairs={phase.pairs}"
         )
-    places = rng.sample(range(last), settings.pairs)
+    places = rng.sample(range(last), phase.pairs)
     pairs = [
         (at, bytes((key, rng.choice(VALUES))))
-        for at, key in zip(places, rng.sample(KEYS, settings.pairs), strict=True)
+        for at, key in zip(places, rng.sample(KEYS, phase.pairs), strict=True)
     ]
     lines = {at: (_PAIR, pair) for at, pair in pairs}
-    asked = rng.sample(pairs, settings.questions)
+    asked = rng.sample(pairs, phase.questions)
     answers = list(range(last, slots))
     lines.update({last + i: (_QUESTION, pair) for i, (_, pair) in enumerate(asked)})
-    for at, pair in pairs * repeats:
+    for at, pair in pairs * phase.repeats:
         later = at + int(math.exp(rng.random() * math.log(last - at)))
         if later < last and later not in lines:
             lines[later] = (_QUESTION, pair)

@@ -38,7 +38,7 @@ class Variant:
     def steps(self, settings: Settings) -> int:
         if not self.trained:
             return 0
-        return settings.tune_steps if self.tuned else settings.steps
+        return settings.tune_steps if self.tuned else settings.all_steps
 
     def rate(self, settings: Settings) -> float:
         return settings.tune_rate if self.tuned else settings.learning_rate

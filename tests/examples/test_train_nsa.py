@@ -28,7 +28,8 @@ def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Example:
     """Runs the example with more arguments; returns what it wrote as JSON."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     settings = importlib.import_module("training.settings")
-    small = settings.PRESETS["cpu"].replace(**TINY)
+    shorter = (settings.Phase(context=80, batch=3, steps=2, pairs=2, questions=1, repeats=2),)
+    small = settings.PRESETS["cpu"].replace(shorter=shorter, **TINY)
     monkeypatch.setitem(settings.PRESETS, "cpu", small)
     train_nsa = importlib.import_module("train_nsa")
 
@@ -49,7 +50,7 @@ def test_all_variants_train_and_stand_in_the_table(
     example: Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = example("--variants", "dense,nsa,converted,tuned,longer")
-    assert [row["steps"] for row in found.values()] == [4, 4, 0, 2, 2]
+    assert [row["steps"] for row in found.values()] == [6, 6, 0, 2, 2]
     for row in found.values():
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2))
         assert 0 <= row["recall"] <= 1
@@ -105,16 +106,34 @@ def test_planted_questions_repeat_their_pairs(example: Example) -> None:
     settings = importlib.import_module("training.settings").PRESETS["cpu"]
     text = importlib.import_module("training.text")
     corpus = text.Corpus(settings, "cpu")
-    for batch in (corpus.training(0), corpus.planted(0)):
-        assert batch.ids.shape == (settings.batch, settings.context + 1)
+    short, full = settings.phases
+    for batch, phase in (
+        (corpus.training(0), short), (corpus.training(2), full), (corpus.full(), full),
+        (corpus.planted(0), full),
+    ):  # fmt: skip
+        assert batch.ids.shape == (phase.batch, phase.context + 1)
         for row, answers in zip(batch.ids, batch.answers, strict=True):
             line = bytes(row.tolist())
-            assert len(answers) >= settings.questions
+            assert len(set(answers.tolist())) >= phase.questions
             for answer in answers.tolist():
                 asked = line[answer - 1 : answer + 1]
                 assert line[answer - 5 : answer - 1] == b"\n#?:"
                 assert line.count(b"#k:" + asked + b"\n") == 1
                 assert line.count(b"#k:" + asked[:1]) == 1
                 assert line.index(b"#k:" + asked) < answer
+    assert corpus.plain(0).ids.shape == (settings.batch, settings.context + 1)
     assert torch.equal(corpus.training(3).ids, corpus.training(3).ids)
     assert not torch.equal(corpus.training(3).ids, corpus.training(4).ids)
+
+
+def test_gates_keep_their_multiple_of_the_rate(example: Example) -> None:
+    settings = importlib.import_module("training.settings").PRESETS["cpu"]
+    loop, variants = (importlib.import_module(f"training.{name}") for name in ("loop", "variants"))
+    made = variants.make(variants.VARIANTS["nsa"], settings, "cpu", "eager", None)
+    optimizer = loop.optimizer_of(made, "cpu", 1e-3, 2e-2)
+    loop.set_rate(optimizer, 5e-4)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    gates = {id(p) for part in variants.branches(made.weights) for p in part.gate.parameters()}
+    assert set(rates) == {id(p) for p in made.weights.parameters()}
+    for weight, rate in rates.items():
+        assert rate == pytest.approx(1e-2 if weight in gates else 5e-4)

@@ -17,6 +17,10 @@ def load(name: str) -> dict[str, Any]:
     return document
 
 
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 @pytest.mark.parametrize("name", ["training-8k", "training-32k"])
 def test_the_rows_of_the_tables_come_from_the_file(name: str) -> None:
     document = load(name)
@@ -26,20 +30,23 @@ def test_the_rows_of_the_tables_come_from_the_file(name: str) -> None:
         change = "" if row["loss"] == dense else f"{row['loss'] / dense - 1:+.1%} "
         assert (
             f"| {row['loss']:.4f} | {change}| {row['bits_per_byte']:.4f} | {row['recall']:.3f} "
-            f"| {row['step_ms']:.1f} | {row['peak_mib']:,.0f} |"
+            f"| {number(row['step_ms'], '.1f')} | {number(row['peak_mib'], ',.0f')} |"
         ) in PAGE
 
 
-def test_the_earlier_run_is_quoted_as_it_was() -> None:
-    variants = load("training-8k-3000")["variants"]
-    assert variants["dense"]["steps"] == variants["nsa"]["steps"] == 3000
-    for row in variants.values():
-        assert f"{row['loss']:.4f}" in PAGE
-    assert variants["nsa"]["loss"] / variants["dense"]["loss"] < 1.01
+def test_the_losses_at_8k_are_near_the_dense_one_and_the_dense_model_retrieves() -> None:
+    variants = load("training-8k")["variants"]
+    dense = variants["dense"]["loss"]
+    assert variants["dense"]["recall"] > 0.9
+    assert min(variants[name]["steps"] for name in ("dense", "nsa")) >= 1000
+    for name, most in (("nsa", 1.01), ("converted", 1.02), ("tuned", 1.005)):
+        assert variants[name]["loss"] / dense < most
 
 
 def test_a_step_at_32k_is_faster_than_the_dense_one() -> None:
     variants = load("training-32k")["variants"]
     ratio = variants["nsa"]["step_ms"] / variants["dense"]["step_ms"]
     assert f"takes {ratio:.2f} of the dense step" in PAGE
-    assert f"{sum(variants['nsa']['breakdown'].values()):.1f}" in PAGE
+    spent = variants["nsa"]["breakdown"]
+    assert min(spent.values()) > 0
+    assert f"| {sum(spent.values()):.1f} |" in PAGE
