@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import nsa_compile.kernels.library  # noqa: F401
@@ -172,7 +173,7 @@ def test_one_compilation_serves_lengths_and_offsets(offset: int) -> None:
         return nsa.selected_attention(q, k, v, blocks, *absent, *logits, 16, 16, 64)[0]
 
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(whole, backend=counter, dynamic=True, fullgraph=True)
     for step, length in enumerate((100, 40, 300, 64, 65)):
         inputs = Site(q_len=length).tensors(torch.float32, requires_grad=True)
