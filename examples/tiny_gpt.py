@@ -1,7 +1,7 @@
 """A byte-level GPT that trains on Python's own sources, first dense, then with backend="nsa".
 
     nsa-convert examples/tiny_gpt.py          which layers would be converted, without training
-    python examples/tiny_gpt.py               train it; about two minutes on two CPU cores
+    python examples/tiny_gpt.py               train it; two to five minutes on two CPU cores
 
 The training run shows three things: the held-out loss of the dense model, the loss of the same
 weights the moment they are compiled with ``backend="nsa"`` (nothing is trained for that), and how
