@@ -18,7 +18,7 @@ from tests.cli.test_huggingface_targets import LLAMA
 
 FLAGS = ("--seq-len", "--batch", "--inputs", "--option", "--attn", "--hf-config", "--fail-on",
          "--explain", "--lengths", "--diff", "--completion", "--graph", "--save", "--data",
-         "--tolerance", "--json", "--markdown", "--html")  # fmt: skip
+         "--tolerance", "--device", "--json", "--markdown", "--html")  # fmt: skip
 SWITCHES = (
     "--train",
     "--strict",
