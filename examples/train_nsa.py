@@ -56,11 +56,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--learning-rate", type=float, help="peak, of the variants from scratch")
     parser.add_argument("--answer-weight", type=float, help="of an answer's bytes in the loss")
+    parser.add_argument(
+        "--converted", action="append", default=[], metavar="NAME=VALUE", type=option,
+        help="option of the conversion without training, e.g. candidates=128; may be repeated",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.variants.split(",") if name not in VARIANTS]
     if unknown:
         parser.error(f"--variants must be of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     return arguments
+
+
+def option(text: str) -> tuple[str, Any]:
+    """``"candidates=128"`` as a name and a value: a number, or else text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, int(value) if value.isdigit() else value
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -69,7 +81,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         "steps", "tune_steps", "context", "batch", "eval_batches", "seed", "learning_rate",
         "answer_weight",
     )  # fmt: skip
-    return PRESETS[preset].replace(**{name: getattr(arguments, name) for name in names})
+    settings = PRESETS[preset].replace(**{name: getattr(arguments, name) for name in names})
+    return settings.replace(converted={**settings.converted, **dict(arguments.converted)})
 
 
 def run(

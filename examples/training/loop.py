@@ -45,7 +45,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path, variant: Variant, settings: Settings) -> None:
         self.path = folder / f"{variant.name}.pt"
-        self.settings = repr(settings)
+        # Weights do not depend on how they are converted afterwards.
+        self.settings = repr(settings.replace(converted={}))
 
     def save(self, made: Made, optimizer: torch.optim.Optimizer, state: State) -> None:
         held = {

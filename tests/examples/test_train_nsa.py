@@ -97,6 +97,16 @@ def test_a_checkpoint_of_other_settings_is_refused(example: Example) -> None:
         example("--variants", "dense", "--resume", "--steps", "5")
 
 
+def test_weights_are_converted_with_other_options(example: Example, tmp_path: Path) -> None:
+    example("--variants", "dense", "--train-only")
+    example("--variants", "converted", "--converted", "candidates=9", "--converted", "scorer=mean")
+    (written,) = tmp_path.rglob("results.json")
+    used = json.loads(written.read_text())["settings"]["converted"]
+    assert (used["candidates"], used["scorer"], used["dense_len"]) == (9, "mean", 0)
+    with pytest.raises(SystemExit):
+        example("--converted", "candidates")
+
+
 def test_what_begins_with_the_dense_weights_asks_for_them(example: Example) -> None:
     with pytest.raises(SystemExit, match="train the variant dense first"):
         example("--variants", "converted")
