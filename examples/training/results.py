@@ -92,13 +92,15 @@ def plot(found: dict[str, dict[str, Any]], path: Path, console: Console) -> None
     except ImportError:
         console.print("no plot: matplotlib is not installed (pip install 'nsa-compile[plot]')")
         return
+    trained = {name: row["losses"] for name, row in found.items() if row["losses"]}
+    if not trained:
+        return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     panel = figure.subplots()
-    for name, row in found.items():
-        if row["losses"]:
-            first = found.get(VARIANTS[name].start or "", {}).get("steps", 0)
-            steps = [first + step for step in range(len(row["losses"]))]
-            panel.plot(steps, _smooth(row["losses"]), label=VARIANTS[name].text)
+    for name, losses in trained.items():
+        first = found.get(VARIANTS[name].start or "", {}).get("steps", 0)
+        steps = [first + step for step in range(len(losses))]
+        panel.plot(steps, _smooth(losses), label=VARIANTS[name].text)
     panel.set(xlabel="step", ylabel="training loss, bits a byte")
     panel.legend()
     figure.savefig(path, dpi=120)
