@@ -1,6 +1,6 @@
 """Train a byte-level GPT dense and with Native Sparse Attention, and compare the two.
 
-    python examples/train_nsa.py                      small, minutes on two CPU cores
+    python examples/train_nsa.py                      small, two minutes on two CPU cores
     python examples/train_nsa.py --preset 8k          on a GPU, context 8,192
     python examples/train_nsa.py --preset 32k         on a GPU, context 32,768
     python examples/train_nsa.py --out runs/a --resume   go on from the checkpoints of runs/a

@@ -13,7 +13,8 @@ import torch
 
 from nsa_compile.kernels.attend import triton_kernel as attention
 from nsa_compile.kernels.attend.gate import Gate
-from nsa_compile.kernels.attend.triton_backward import Upstream, differentiate
+from nsa_compile.kernels.attend.triton_backward import differentiate
+from nsa_compile.kernels.attend.upstream import Upstream
 from nsa_compile.kernels.combine.triton_kernel import gate_gradients
 from nsa_compile.kernels.gated import cpu as plain
 from nsa_compile.kernels.gated.cpu import Found

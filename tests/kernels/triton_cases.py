@@ -127,7 +127,7 @@ def random_blocks(case: Case, seed: int = 1) -> Tensor:
 
 def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any) -> None:
     """Forward and all gradients of attention over random blocks."""
-    from nsa_compile.kernels.attend import reference, triton_backward, triton_kernel
+    from nsa_compile.kernels.attend import reference, triton_kernel, triton_key_gradient
     from nsa_compile.kernels.attend.site import Site as AttentionSite
 
     *qkv, valid = inputs(case, dtype)
@@ -148,7 +148,7 @@ def attend(case: Case, dtype: torch.dtype, device: str = "cpu", **overrides: Any
         qkv[1:] = [x.masked_fill(~valid[:, None, :, None], torch.nan) for x in qkv[1:]]
     rest = (blocks, AttentionSite(*tensors, *sizes))
     upstream = (grad_out, grad_lse)
-    with poisoned(), replaced(triton_backward, overrides):
+    with poisoned(), replaced(triton_key_gradient, overrides):
         results = triton_kernel.forward(*qkv, *rest)
         grads = triton_kernel.backward(*upstream, *qkv, *results, *rest)
         again = triton_kernel.forward(*qkv, *rest)
