@@ -67,8 +67,8 @@ class NSAConfig:
         select_block: l', tokens in a selected block.
         num_selected: n, blocks a query tile reads, forced ones included.
         candidates: blocks that scorer ``"channels"`` proposes; the exact logits choose
-            ``num_selected`` of them. None is half as many again; ``num_selected`` itself switches
-            the second look off.
+            ``num_selected`` of them. None is half as many again, up to 32 (a larger budget needs
+            no second look); ``num_selected`` itself switches the second look off.
         init_blocks: blocks at the start of the sequence that are always read.
         window: w, most recent tokens that are always read, the query's own included.
         dense_len: up to this many keys the operator computes dense attention, decided at run time.
@@ -170,7 +170,7 @@ class NSAConfig:
             return budget
         if self.candidates is not None:
             return self.candidates
-        return budget + budget // 2
+        return max(budget, min(budget + budget // 2, 32))
 
     def local_window(self) -> int:
         """Most recent keys that a choice of blocks always holds: ``window``.
