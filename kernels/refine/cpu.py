@@ -15,9 +15,9 @@ from nsa_compile.kernels.score.logits import add_alibi_, cap_, softmax_
 from nsa_compile.kernels.visibility import Visibility, sees, whole_keys
 from nsa_compile.kernels.workers import share_pairs
 
-# Bytes of the keys that a run of tiles gathers. Their logits take as much for tiles of 64; both
-# fill an L2 cache. With a quarter of it the calls of a run cost half as much again.
-_GATHERED = 1 << 20
+# Bytes of the keys that a run of tiles gathers; their logits take as much for tiles of 64. With a
+# quarter of it the calls of a run cost a fifth more, though less would stay in an L2 cache.
+_GATHERED = 1 << 22
 
 
 def refine_blocks(
