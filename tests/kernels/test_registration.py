@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -130,9 +131,15 @@ def _backward_arguments(grad: torch.Tensor, forward: tuple[Any, ...]) -> tuple[A
 NAMES = list(calls(Site(), False, 0))
 
 
-@pytest.mark.parametrize("dense_len", [0, 10**6])
-@pytest.mark.parametrize("padding", ["none", "right"])
-@pytest.mark.parametrize("requires_grad", [False, True])
+# Each value of each once, all combinations with ``-m slow``: gradients, padding and dense_len.
+EVERYDAY = [(True, "none", 0), (True, "right", 10**6), (False, "right", 0)]
+COMBINATIONS = [
+    pytest.param(*case, marks=() if case in EVERYDAY else pytest.mark.slow)
+    for case in itertools.product((False, True), ("none", "right"), (0, 10**6))
+]
+
+
+@pytest.mark.parametrize(("requires_grad", "padding", "dense_len"), COMBINATIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, requires_grad: bool, padding: str, dense_len: int) -> None:
     site = Site(q_len=70, dim=16, value_dim=8, padding=padding)
