@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.gpu.test_kernels import CASES, COMPRESSED, GATHERED, LARGE_GROUPS, TERMS
+from tests.gpu.test_kernels import CASES, COMPRESSED, GATED, GATHERED, LARGE_GROUPS, TERMS
 from tests.kernels import triton_cases
 
 _SHAPES = (
@@ -23,6 +23,7 @@ _TERMS = ("random ranges, window, padding", "mixed segments, padding", "alibi, b
 _GATHERED = ("group 7, dims 80", "block 24", "window and padding")
 _FEW = ("group 12, dims 80", "group 16, window and padding", "tile 4")
 _COMPRESSED = ("group 7", "padding", "2000 keys")
+_GATED = ("tile 64, group 1, padding", "group 4", "not causal, dims 192 and 128")
 
 
 def main() -> None:
@@ -42,6 +43,9 @@ def main() -> None:
     for name in _COMPRESSED:
         triton_cases.compressed(COMPRESSED[name], dtype, device)
         print("compressed,", name, flush=True)
+    for name in _GATED:
+        triton_cases.gated(GATED[name], dtype, device)
+        print("gated,", name, flush=True)
     for name in ("group 3", "dims 80 and 48"):
         triton_cases.combine(CASES[name], dtype, device)
         triton_cases.channels(CASES[name], dtype, device)
