@@ -40,7 +40,7 @@ MOST_MEMBERS = 64
 
 @triton.jit
 def _steps(
-    carry, q_tile, log_sums, y, some, out, start, stop, bound, scale, count, blocks, y_row, own,
+    carry, q_tile, shifts, y, some, out, start, stop, bound, scale, count, blocks, y_row, own,
     D: tl.constexpr, DP: tl.constexpr, NB: tl.constexpr, MEMBERS: tl.constexpr,
     TILES: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, L: tl.constexpr,
     HANDED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
@@ -73,7 +73,7 @@ def _steps(
             wanted = wanted & (column < D)[None, :]
         keys = tl.load(here + row_offsets, mask=wanted, other=0.0)
         s = tl.dot(keys, tl.trans(q_tile), input_precision="ieee")
-        p = tl.exp2(s * scale - log_sums[None, :])
+        p = tl.exp2(s * scale + shifts[None, :])
         if MASKED:
             p = tl.where(c[:, None] < bound[None, :], p, 0.0)
         share = tl.sum(tl.reshape(p, [NB, MEMBERS, TILES]), 1)
@@ -95,7 +95,7 @@ def _steps(
 
 @triton.jit
 def _block_scores(
-    q, y, some, log_sums, scores, scale, kv_heads, q_len, offset, blocks, count, first_tile, tiles,
+    q, y, some, shifts, scores, scale, kv_heads, q_len, offset, blocks, count, first_tile, tiles,
     groups, q_batch, q_head, q_row, y_batch, y_head, y_row, G: tl.constexpr, R: tl.constexpr,
     CB: tl.constexpr, CD: tl.constexpr, L: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     NB: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr,
@@ -120,8 +120,8 @@ def _block_scores(
     q_tile = tl.load(q_base + q_rows[:, None] + dim[None, :], mask=inside, other=0.0)
     if NEGATIVE:
         q_tile = -q_tile
-    sums = log_sums + (pair * G + head) * q_len + query
-    log_sum = tl.load(sums, mask=mine, other=float("inf"))
+    own_shifts = shifts + (pair * G + head) * q_len + query
+    shift = tl.load(own_shifts, mask=mine, other=float("-inf"))
     position = query + offset
     bound = position * 0 + count
     if CAUSAL:
@@ -141,13 +141,13 @@ def _block_scores(
     out = scores + (pair * tiles + own)[None, :] * blocks
     carry = tl.zeros([TILES], tl.float32)
     carry = _steps(
-        carry, q_tile, log_sum, y_base, some_base, out, 0, full, bound, scale, count, blocks, y_row,
+        carry, q_tile, shift, y_base, some_base, out, 0, full, bound, scale, count, blocks, y_row,
         own < tiles, D, DP, NB, members, TILES, CB, CD, L, HANDED, PADDED,
         False,
     )  # fmt: skip
     if CAUSAL:
         _steps(
-            carry, q_tile, log_sum, y_base, some_base, out, full, chunks, bound, scale, count,
+            carry, q_tile, shift, y_base, some_base, out, full, chunks, bound, scale, count,
             blocks, y_row, own < tiles, D, DP, NB, members, TILES, CB, CD, L, HANDED, PADDED,
             True,
         )  # fmt: skip
@@ -166,13 +166,13 @@ def launch_for(half: bool, members: int, dim: int) -> Launch:
 
 
 def block_scores(
-    q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, log_sums: torch.Tensor,
+    q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, shifts: torch.Tensor,
     kv_heads: int, scale: float, causal: bool, offset: int, query_tile: int, block: int,
     compress_block: int, compress_stride: int, blocks: int, first_tile: int, tiles: int,
 ) -> torch.Tensor:  # fmt: skip
     """float32 [B, Hkv, tiles, blocks]; blocks that begin after a tile's last query are unwritten.
 
-    ``log_sums`` as ``row_sums`` returns them.
+    ``shifts`` as ``row_shifts`` returns them.
     """
     q, compressed = dense_rows(q), dense_rows(compressed)
     batch, q_heads, q_len, dim = q.shape
@@ -186,7 +186,7 @@ def block_scores(
     handed = members >= LEAST_HANDED and compress_block <= block
     scores = q.new_empty(batch, kv_heads, tiles, blocks, dtype=torch.float32)
     _block_scores[(batch * kv_heads * groups,)](
-        q, compressed, q if some is None else some, log_sums, scores, abs(scale) * LOG2_E,
+        q, compressed, q if some is None else some, shifts, scores, abs(scale) * LOG2_E,
         kv_heads, q_len, offset, blocks, count, first_tile, tiles, groups, *q.stride()[:3],
         *compressed.stride()[:3], G=group, R=query_tile, CB=compress_block, CD=compress_stride,
         L=block, D=dim, DP=max(16, triton.next_power_of_2(dim)), NB=launch.keys, HEADS=heads,

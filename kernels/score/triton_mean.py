@@ -33,12 +33,13 @@ from nsa_compile.kernels.triton_site import (
 # registers 8.4, 128x64 with 4 warps 8.6, 256x64 with 16 warps 9.0, 64x64 9.1; more than one program
 # on a processor hides the exponentials. A bound in place of the running maximum, or half of the
 # exponentials as polynomials, gains nothing; two exponentials in half precision take the unit as
-# long as two in single. Column sums: 64x256 with 2 stages 9.8, with 3 10.1, without a limit 11.9;
-# 64x128 10.6, 64x64 12.5, 128x128 12.4; queries through descriptors spill and take 10.8 and more.
+# long as two in single. Column sums: 64x256 with 3 stages 9.2, with 2 9.5, in 120 registers 9.5,
+# without a limit 11.9; 64x128 11.2 and more, 64x64 12.5, 128x128 12.4; queries through descriptors
+# spill and take 10.8 and more.
 LAUNCHES: dict[tuple[str, bool], Launch] = {
     ("row sums", True): Launch(128, 64, 8, 2, registers=80),
     ("row sums", False): Launch(32, 32, 4, 1),
-    ("column sums", True): Launch(64, 256, 8, 2, registers=128),
+    ("column sums", True): Launch(64, 256, 8, 3, registers=128),
     ("column sums", False): Launch(32, 32, 4, 1),
 }
 
@@ -113,14 +114,17 @@ def _complete(position, CB: tl.constexpr, CD: tl.constexpr):
 
 @triton.jit
 def _row_sums(
-    q, y, some, log_sums, scale, q_heads, kv_heads, q_len, count, offset, window, chunks,
+    q, y, some, shifts, scale, q_heads, kv_heads, q_len, count, offset, window, chunks,
     q_batch, q_head, q_row, y_batch, y_head, y_row, kv_len, ranges, ranges_batch, slopes,
     positions, positions_batch, cap, G: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr, SLOPED: tl.constexpr,
     PLACED: tl.constexpr, CAPPED: tl.constexpr, NEGATIVE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """log2 of the row sums over compressed keys; +inf where a query sees none, so that p is 0."""
+    """Shifts: minus log2 of the row sums over compressed keys; -inf where a query sees none.
+
+    What a logit is shifted by becomes the log2 of its probability.
+    """
     pid = tl.program_id(0).to(tl.int64)
     chunk = (chunks - 1 - pid % chunks).to(tl.int32)
     head = pid // chunks % q_heads
@@ -188,23 +192,31 @@ def _row_sums(
     peak = tl.max(top, 1)
     base = tl.where(peak == float("-inf"), 0.0, peak)
     row_sum = tl.sum(total * tl.exp2(top - base[:, None]), 1)
-    log_sum = tl.where(
-        row_sum > 0, base + tl.log2(tl.where(row_sum > 0, row_sum, 1.0)), float("inf")
+    shift = tl.where(
+        row_sum > 0, -base - tl.log2(tl.where(row_sum > 0, row_sum, 1.0)), float("-inf")
     )
-    tl.store(log_sums + (batch * q_heads + head) * q_len + row, log_sum, mask=mine)
+    tl.store(shifts + (batch * q_heads + head) * q_len + row, shift, mask=mine)
+
+
+@triton.jit
+def _shifts(shifts, head, first, query, mine, q_len, EVEN: tl.constexpr):
+    """Of the rows of a step; -inf for rows that are not there."""
+    if EVEN:
+        return tl.load(shifts + (head.to(tl.int64) * q_len + first) + (query - first))
+    return tl.load(shifts + head.to(tl.int64) * q_len + query, mask=mine, other=float("-inf"))
 
 
 @triton.jit
 def _column_steps(
-    y, q, log_sums, mass, alive, real, c, start, stop, scale, q_len, count, offset, window, q_head,
+    y, q, shifts, mass, alive, real, c, start, stop, scale, q_len, count, offset, window, q_head,
     q_row, first_tile, tiles, kv_len, ranges, slopes, positions, cap, G: tl.constexpr,
     R: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BC: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
     TILES: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     RANGED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
-    NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
+    NEGATIVE: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tile groups [start, stop); the next step's row sums are fetched a step ahead.
+    """Tile groups [start, stop); the next step's shifts are fetched a step ahead.
 
     Columns of one tile are summed four interleaved ones apart, so that a thread meets no other
     before the tile is done.
@@ -216,15 +228,14 @@ def _column_steps(
     head, first, query, mine = dealt_rows(
         start * PARTS, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
     )
-    next_sum = tl.load(log_sums + head.to(tl.int64) * q_len + query, mask=mine, other=float("inf"))
+    next_shift = _shifts(shifts, head, first, query, mine, q_len, EVEN)
     for step in range(start * PARTS, stop * PARTS):
-        log_sum = next_sum
+        shift = next_shift
         head, first, query, mine = dealt_rows(
-            step + 1, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
-        )
-        next_sum = tl.load(
-            log_sums + head.to(tl.int64) * q_len + query, mask=mine, other=float("inf")
-        )
+            tl.minimum(step + 1, stop * PARTS - 1), first_tile, tiles, q_len, R, G, M, LANES,
+            HEADS, TILES, PARTS,
+        )  # fmt: skip
+        next_shift = _shifts(shifts, head, first, query, mine, q_len, EVEN)
         head, first, query, mine = dealt_rows(
             step, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
         )
@@ -235,7 +246,10 @@ def _column_steps(
         else:
             q_rows = head.to(tl.int64) * q_head + (query - first).to(tl.int64) * q_row
         pointers = q_base + q_rows[:, None] + dim[None, :]
-        q_tile = tl.load(pointers, mask=mine[:, None] & (dim < D)[None, :], other=0.0)
+        if EVEN:
+            q_tile = tl.load(pointers)
+        else:
+            q_tile = tl.load(pointers, mask=mine[:, None] & (dim < D)[None, :], other=0.0)
         if NEGATIVE:
             q_tile = -q_tile
         s = tl.dot(y, tl.trans(q_tile), input_precision="ieee")
@@ -246,7 +260,7 @@ def _column_steps(
             s * scale, slope[None, :], last, place[None, :], positions, cap, kv_len, SLOPED, PLACED,
             CAPPED,
         )  # fmt: skip
-        p = tl.exp2(x - log_sum[None, :])
+        p = tl.exp2(x + shift[None, :])
         if MASKED:
             seen = visible((query + offset)[None, :], last, 2147483647, window, CAUSAL, WINDOWED)
             if RANGED:
@@ -272,14 +286,14 @@ def _column_steps(
 
 @triton.jit
 def _column_sums(
-    q, y, some, log_sums, mass, scale, kv_heads, q_len, count, offset, window, chunks, ranges, span,
+    q, y, some, shifts, mass, scale, kv_heads, q_len, count, offset, window, chunks, ranges, span,
     first_tile, tiles, tile_groups, q_batch, q_head, q_row, y_batch, y_head, y_row, kv_len,
     row_ranges, row_ranges_batch, slopes, positions, positions_batch, cap, G: tl.constexpr,
     R: tl.constexpr, CB: tl.constexpr, CD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BC: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
     TILES: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     PADDED: tl.constexpr, RANGED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr,
-    CAPPED: tl.constexpr, NEGATIVE: tl.constexpr,
+    CAPPED: tl.constexpr, NEGATIVE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """mass of BC compressed keys for a range of tiles; transposed, so rows are summed in place."""
     pid = tl.program_id(0).to(tl.int64)
@@ -316,31 +330,31 @@ def _column_sums(
         )
         keys = tl.load(pointers, mask=alive[:, None] & (dim < D)[None, :], other=0.0)
         q_base = q + batch * q_batch + pair % kv_heads * G * q_head
-        sums = log_sums + pair * G * q_len
+        own_shifts = shifts + pair * G * q_len
         own_ranges = row_ranges + batch * row_ranges_batch
         places = positions + batch * positions_batch
         own_slopes = slopes + pair % kv_heads * G
         out = mass + pair * tiles * count
         _column_steps(
-            keys, q_base, sums, out, alive, real, c, start, full, scale, q_len, count, offset,
+            keys, q_base, own_shifts, out, alive, real, c, start, full, scale, q_len, count, offset,
             window, q_head, q_row, first_tile, tiles, kv_len, own_ranges, own_slopes, places, cap,
             G, R, CB, CD, D, DP, BC, M, LANES, HEADS, TILES, PARTS, CAUSAL, WINDOWED, RANGED,
-            SLOPED, PLACED, CAPPED, NEGATIVE, True,
+            SLOPED, PLACED, CAPPED, NEGATIVE, EVEN, True,
         )  # fmt: skip
         _column_steps(
-            keys, q_base, sums, out, alive, real, c, full, stop, scale, q_len, count, offset,
+            keys, q_base, own_shifts, out, alive, real, c, full, stop, scale, q_len, count, offset,
             window, q_head, q_row, first_tile, tiles, kv_len, own_ranges, own_slopes, places, cap,
             G, R, CB, CD, D, DP, BC, M, LANES, HEADS, TILES, PARTS, CAUSAL, WINDOWED, RANGED,
-            SLOPED, PLACED, CAPPED, NEGATIVE, False,
+            SLOPED, PLACED, CAPPED, NEGATIVE, EVEN, False,
         )  # fmt: skip
 
 
-def row_sums(
+def row_shifts(
     q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, kv_len: int,
     extra: Terms, scale: float, causal: bool, offset: int, window: int | None, compress_block: int,
     compress_stride: int,
 ) -> torch.Tensor:  # fmt: skip
-    """log2 of the softmax denominators over compressed keys, float32 [B, Hq, Tq]; +inf for none.
+    """Minus log2 of the softmax denominators over compressed keys, float32 [B, Hq, Tq]; -inf: none.
 
     ``some`` is int8 [B, Nc]: whether a compressed key holds a valid one.
     """
@@ -352,10 +366,10 @@ def row_sums(
     read, described = compressed, describable(compressed)
     if described:
         read = describe(compressed, (1, 1, launch.keys, max(16, triton.next_power_of_2(dim))))
-    log_sums = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
+    shifts = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     chunks = triton.cdiv(q_len, launch.rows)
     _row_sums[(batch * q_heads * chunks,)](
-        q, read, compressed if some is None else some, log_sums, abs(scale) * LOG2_E, q_heads,
+        q, read, compressed if some is None else some, shifts, abs(scale) * LOG2_E, q_heads,
         kv_heads, q_len, count, offset, window or 0, chunks, *q.stride()[:3],
         *compressed.stride()[:3], kv_len, *arguments, G=q_heads // kv_heads, CB=compress_block,
         CD=compress_stride, D=dim, DP=max(16, triton.next_power_of_2(dim)), M=launch.rows,
@@ -363,11 +377,11 @@ def row_sums(
         **flags, NEGATIVE=scale < 0, DESCRIBED=described, num_warps=launch.warps,
         num_stages=launch.stages, maxnreg=None if any(flags.values()) else launch.registers,
     )  # fmt: skip
-    return log_sums
+    return shifts
 
 
 def compressed_mass(
-    q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, log_sums: torch.Tensor,
+    q: torch.Tensor, compressed: torch.Tensor, some: torch.Tensor | None, shifts: torch.Tensor,
     kv_len: int, extra: Terms, scale: float, causal: bool, offset: int, window: int | None,
     query_tile: int, compress_block: int, compress_stride: int, first_tile: int, tiles: int,
 ) -> torch.Tensor:  # fmt: skip
@@ -383,17 +397,19 @@ def compressed_mass(
     dealt = deal_rows(launch.rows, q_heads // kv_heads, query_tile)
     tile_groups = triton.cdiv(tiles, dealt.tiles)
     span = max(1, COLUMN_STEPS // dealt.parts)
+    whole = dealt.tiles * dealt.heads == 1 and query_tile % launch.rows == 0
+    even = whole and q_len % query_tile == 0 and dim == triton.next_power_of_2(dim)
     ranges, chunks = triton.cdiv(tile_groups, span), triton.cdiv(count, launch.keys)
     mass = q.new_empty(batch, kv_heads, tiles, count, dtype=torch.float32)
     _column_sums[(batch * kv_heads * chunks * ranges,)](
-        q, compressed, compressed if some is None else some, log_sums, mass, abs(scale) * LOG2_E,
+        q, compressed, compressed if some is None else some, shifts, mass, abs(scale) * LOG2_E,
         kv_heads, q_len, count, offset, window or 0, chunks, ranges, span, first_tile, tiles,
         tile_groups, *q.stride()[:3], *compressed.stride()[:3], kv_len, *arguments,
         G=q_heads // kv_heads, R=query_tile, CB=compress_block, CD=compress_stride, D=dim,
         DP=max(16, triton.next_power_of_2(dim)), BC=launch.keys, M=launch.rows, LANES=dealt.lanes,
         HEADS=dealt.heads, TILES=dealt.tiles, PARTS=dealt.parts, CAUSAL=causal,
         WINDOWED=window is not None, PADDED=some is not None, **flags, NEGATIVE=scale < 0,
-        num_warps=launch.warps, num_stages=launch.stages,
+        EVEN=even, num_warps=launch.warps, num_stages=launch.stages,
         maxnreg=None if any(flags.values()) else launch.registers,
     )  # fmt: skip
     return mass

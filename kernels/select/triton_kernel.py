@@ -306,24 +306,24 @@ class _Mass:
         self.mask = (kv_len, extra, *site)
         self.compression, self.query_tile = compression, query_tile
 
-    def log_sums(self) -> torch.Tensor:
-        """log2 of the softmax denominators, float32 [B, Hq, Tq]; +inf for none."""
+    def shifts(self) -> torch.Tensor:
+        """Minus log2 of the softmax denominators, float32 [B, Hq, Tq]; -inf for none."""
         if self.lse is not None and self.plain:
             lse = self.lse.masked_fill(self.lse == -torch.inf, torch.inf)
-            return lse.mul_(LOG2_E).contiguous()
+            return lse.mul_(-LOG2_E).contiguous()
         if self.compressed.shape[2] == 0:
-            return self.q.new_full(self.q.shape[:3], torch.inf, dtype=torch.float32)
-        return triton_mean.row_sums(
+            return self.q.new_full(self.q.shape[:3], -torch.inf, dtype=torch.float32)
+        return triton_mean.row_shifts(
             self.q, self.compressed, self.some, *self.mask, *self.compression
         )
 
     def block_scores(self, k: torch.Tensor, block: int) -> Callable[[int, int], torch.Tensor]:
         """The scores of the blocks for the tiles from a first one on."""
-        sums, blocks = self.log_sums(), geometry.num_blocks(k.shape[2], block)
+        shifts, blocks = self.shifts(), geometry.num_blocks(k.shape[2], block)
 
         def score(first_tile: int, tiles: int) -> torch.Tensor:
             return triton_block_scores.block_scores(
-                self.q, self.compressed, self.some, sums, k.shape[1], *self.mask[2:5],
+                self.q, self.compressed, self.some, shifts, k.shape[1], *self.mask[2:5],
                 self.query_tile, block, *self.compression, blocks, first_tile, tiles,
             )  # fmt: skip
 
@@ -333,11 +333,11 @@ class _Mass:
         """The mass of the tiles from a first one on."""
         if self.compressed.shape[2] == 0:  # every score is 0, and nothing is read
             return lambda first_tile, tiles: self.compressed
-        sums = self.log_sums()
+        shifts = self.shifts()
 
         def score(first_tile: int, tiles: int) -> torch.Tensor:
             return triton_mean.compressed_mass(
-                self.q, self.compressed, self.some, sums, *self.mask, self.query_tile,
+                self.q, self.compressed, self.some, shifts, *self.mask, self.query_tile,
                 *self.compression, first_tile, tiles,
             )  # fmt: skip
 
