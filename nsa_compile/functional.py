@@ -52,7 +52,7 @@ from nsa_compile.kernels.geometry import num_tiles
 from nsa_compile.masked_blocks import blocks_from_mask
 from nsa_compile.packed import packed_ranges
 from nsa_compile.passes import merges
-from nsa_compile.passes.config import NSAConfig
+from nsa_compile.passes.config import DEFAULT_CHANNELS, NSAConfig
 from nsa_compile.passes.heads import each_head
 
 __all__ = [
@@ -178,7 +178,8 @@ def select_blocks(
         block: L, keys in a block.
         num_selected: n, blocks a tile reads, the forced ones included.
         local_window: most recent keys that are always read (centred when not causal).
-        score_channels: r; None is a quarter of D, at least 16.
+        score_channels: r; None is all, at most 64. On a GPU that multiplies 8-bit numbers, 16-bit
+            inputs are scored in them (e4m3) from 33 channels on.
         ranges: int32 [B or 1, Tq, 2]; query i sees the keys ``ranges[b, i, 0] <= j < ranges[b, i,
             1]`` of those it would see.
         query_segments: int32 [B or 1, Tq], with ``key_segments`` [B or 1, Tk]: a key is seen where
@@ -224,7 +225,7 @@ def select_blocks(
             lse = torch.ops.nsa.compressed_attention(
                 q, pooled, pooled, valid, ranges, *pooled_sizes, k.shape[2]
             )[1]
-    channels = max(16, dim // 4) if score_channels is None else score_channels
+    channels = DEFAULT_CHANNELS if score_channels is None else score_channels
     check_sizes(score_channels=channels)
 
     def choose(q: Tensor, lse: Tensor | None, slopes: Tensor | None) -> tuple[Tensor, ...]:

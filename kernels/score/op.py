@@ -19,18 +19,27 @@ _lib.define(
 )
 
 
+def _without_statistic(k: Tensor, num_channels: int, dense_len: int) -> Tensor | None:
+    """The result where nothing has to be measured: none is read, or all channels are."""
+    batch, kv_heads, kv_len, dim = k.shape
+    shape = batch, kv_heads, min(num_channels, dim)
+    if kv_len <= dense_len:
+        return k.new_zeros(shape, dtype=torch.int32)
+    if num_channels < dim:
+        return None
+    return torch.arange(dim, dtype=torch.int32, device=k.device).expand(shape).contiguous()
+
+
 @torch.library.impl(_lib, "channels", "CPU")
 def _cpu(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int, dense_len: int) -> Tensor:
-    if k.shape[2] <= dense_len:
-        return _fake(q, k, valid, num_channels, dense_len).zero_()
-    return cpu.channels(q, k, valid, num_channels)
+    known = _without_statistic(k, num_channels, dense_len)
+    return cpu.channels(q, k, valid, num_channels) if known is None else known
 
 
 @torch.library.impl(_lib, "channels", "CUDA")
 def _cuda(q: Tensor, k: Tensor, valid: Tensor | None, num_channels: int, dense_len: int) -> Tensor:
-    if k.shape[2] <= dense_len:
-        return _fake(q, k, valid, num_channels, dense_len).zero_()
-    return launchers("score").channels(q, k, valid, num_channels)
+    known = _without_statistic(k, num_channels, dense_len)
+    return launchers("score").channels(q, k, valid, num_channels) if known is None else known
 
 
 @torch.library.register_fake("nsa::channels", lib=_lib)

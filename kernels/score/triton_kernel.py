@@ -7,7 +7,10 @@ One persistent kernel walks the keys once. A row's logits, one a block, go to a 
 memory that belongs to the program and mostly stays in L2; once the row's sum is known the strip is
 read back and summed over the tile. Keys are packed so that a thread of a tensor-core tile owns all
 columns of one block: the maximum over a block then needs no other thread. Half-precision inputs
-are multiplied as float16 with float16 sums, whose maxima go two an instruction.
+are multiplied as float16 with float16 sums, whose maxima go two an instruction; many channels in
+8 bits (e4m3), at the cost of half as many in 16. Their keys are centred, which moves all logits of
+a row alike and no choice, and divided by each channel's deviation, with which queries are
+multiplied; a row of these gets the length that keeps every sum within float16.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import triton.language as tl
 
 from nsa_compile.kernels.modifiers import Modifiers
 from nsa_compile.kernels.score.triton_rows import Launch, deal_rows
-from nsa_compile.kernels.score.triton_statistic import channels
+from nsa_compile.kernels.score.triton_statistic import channels, key_moments
 from nsa_compile.kernels.triton_site import (
     LOG2_E,
     capped,
@@ -40,10 +43,21 @@ from nsa_compile.kernels.visibility import Visibility
 
 __all__ = ["channel_scores", "channels", "pack_keys"]
 
-# One H100, 65,536 tokens, 32/8 heads, 32 channels, ms: 128x256 with 4 warps and 3 programs a
-# processor 7.2, 8 warps 8.0, 128x128 8.6, 256x128 8.5, two programs a processor 8.8; with float32
-# products 10.0. The product alone takes 5.5.
+# One H100, 65,536 tokens, 32/8 heads, ms. 32 channels: 128x256 with 4 warps and 3 programs a
+# processor 7.2 (rows that are computed and not loaded 7.4), 8 warps 8.0, 128x128 8.6, 256x128 8.5,
+# two programs a processor 8.8; with float32 products 10.0. The product alone takes 5.5. 64 channels
+# in 8 bits 7.9 (in 16 bits 15.7), 2 stages 8.9, 128x128 10.1, two programs 9.1; 128 channels in 8
+# bits 15.7, 2 stages 17.2.
+# A packed channel has this deviation, and a packed query row this length: the largest e4m3, 448, is
+# then 112 deviations away, and no sum of 64 products passes float16's 65504 (of more: of 256, a
+# quarter of the length).
+KEY_DEVIATION: tl.constexpr = tl.constexpr(4.0)
+QUERY_LENGTH: tl.constexpr = tl.constexpr(16.0)
+# More channels than this are multiplied in 8 bits where the device can.
+MOST_WIDE = 32
 # By sixteen-bit inputs and whether logits are float32, which ALiBi's distances ask for.
+# Fewer keys a step where their channels take more: three stages of three programs fit a processor.
+GROUP_BYTES = 1 << 14
 LAUNCHES: dict[tuple[bool, bool], Launch] = {
     (True, False): Launch(128, 256, 4, 3, programs=3, registers=168),
     (True, True): Launch(64, 128, 4, 2, programs=2),
@@ -53,9 +67,11 @@ LAUNCHES: dict[tuple[bool, bool], Launch] = {
 
 @triton.jit
 def _narrow(x, kind: tl.constexpr):
-    """float32 to ``kind``; bfloat16's largest values saturate in float16 instead of overflowing."""
+    """float32 to ``kind``; what is too large saturates instead of overflowing."""
     if kind == tl.float16:
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    if kind == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
     return x.to(kind)
 
 
@@ -121,9 +137,9 @@ def _packed_key(column, group, BLOCKS: tl.constexpr, L: tl.constexpr, LP: tl.con
 
 @triton.jit
 def _pack_keys(
-    k, chosen, valid, packed, some, kv_heads, kv_len, groups, blocks, k_batch, k_head, k_row,
-    k_column, valid_batch, valid_row, r, C: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
-    BLOCKS: tl.constexpr, PADDED: tl.constexpr,
+    k, chosen, means, deviations, valid, packed, some, kv_heads, kv_len, groups, blocks, k_batch,
+    k_head, k_row, k_column, valid_batch, valid_row, dim, r, C: tl.constexpr, L: tl.constexpr,
+    LP: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """The chosen channels of a group of blocks, in the order of ``_packed_key``.
 
@@ -157,18 +173,24 @@ def _pack_keys(
     base = k + batch * k_batch + pair % kv_heads * k_head
     pointers = base + key.to(tl.int64)[:, None] * k_row + picked[None, :].to(tl.int64) * k_column
     tile = tl.load(pointers, mask=(key < kv_len)[:, None] & (channel < r)[None, :], other=0.0)
+    tile = tile.to(tl.float32)
+    if SCALED:
+        centre = tl.load(means + pair * dim + picked, mask=channel < r, other=0.0)
+        deviation = tl.load(deviations + pair * dim + picked, mask=channel < r, other=0.0)
+        factor = 1.0 / tl.where(deviation > 0, deviation, 1.0) * KEY_DEVIATION
+        tile = tl.where((deviation > 0)[None, :], (tile - centre[None, :]) * factor[None, :], 0.0)
     place = (pid * BLOCKS * LP + column)[:, None] * C + channel[None, :]
-    tl.store(packed + place, _narrow(tile.to(tl.float32), packed.dtype.element_ty))
+    tl.store(packed + place, _narrow(tile, packed.dtype.element_ty))
 
 
 @triton.jit
 def _block_logits(
-    top, total, q, packed, strip, some, valid, start, stop, position, kv_len, blocks, window,
+    top, total, q, unit, packed, strip, some, valid, start, stop, position, kv_len, blocks, window,
     valid_row, row_low, row_high, segment, slope, place, key_segments, positions, cap,
     M: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, BLOCKS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr,
     SEGMENTED: tl.constexpr, SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
-    NATIVE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    NATIVE: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Groups [start, stop): logits to the strip; running maximum and sum, by block of a group."""
     column = tl.arange(0, BLOCKS * LP)
@@ -201,6 +223,8 @@ def _block_logits(
                 )
             s = tl.where(seen & inside[None, :], s, float("-inf"))
         x = _block_maximum(s, M, LP, BLOCKS, NATIVE)
+        if SCALED:
+            x = x * unit[:, None]
         if CAPPED and not SLOPED:  # without slopes the cap is monotone
             x = capped(x, cap)
         if PADDED:
@@ -218,22 +242,33 @@ def _block_logits(
 
 
 @triton.jit
+def _scaled_rows(x, C: tl.constexpr):
+    """Rows of one length, and by what their products with packed keys give logits."""
+    length: tl.constexpr = QUERY_LENGTH if C <= 64 else QUERY_LENGTH / 4
+    norm = tl.sqrt(tl.sum(x * x, 1))
+    norm = tl.where(norm > 0, norm, 1.0)  # A row of zeros stays one, and its logits 0.
+    return x * (1.0 / norm * length)[:, None], norm / (length * KEY_DEVIATION)
+
+
+@triton.jit
 def _channel_scores(
-    q, packed, chosen, some, valid, strips, ticket, part, scale, items, kv_heads, q_len, kv_len,
-    offset, window, groups, blocks, r, first_tile, tiles, tile_groups, q_batch, q_head, q_row,
-    q_column, valid_batch, valid_row, ranges, ranges_batch, query_segments, query_segments_batch,
-    key_segments, key_segments_batch, slopes, positions, positions_batch, cap, G: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, BLOCKS: tl.constexpr,
-    M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
-    PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    PADDED: tl.constexpr, RANGED: tl.constexpr, SEGMENTED: tl.constexpr, SLOPED: tl.constexpr,
-    PLACED: tl.constexpr, CAPPED: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
+    q, packed, chosen, deviations, some, valid, rows, strips, ticket, part, scale, items, kv_heads,
+    q_len, kv_len, offset, window, groups, blocks, dim, r, first_tile, tiles, tile_groups, q_batch,
+    q_head, q_row, q_column, valid_batch, valid_row, ranges, ranges_batch, query_segments,
+    query_segments_batch, key_segments, key_segments_batch, slopes, positions, positions_batch, cap,
+    G: tl.constexpr, R: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
+    BLOCKS: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
+    TILES: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, RANGED: tl.constexpr, SEGMENTED: tl.constexpr,
+    SLOPED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr, NATIVE: tl.constexpr,
+    SCALED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores of TILES tiles against all blocks, from M rows; programs draw such items by ticket.
 
     Items of one kv head are neighbours, so its packed keys stay in L2, the longest first.
     """
     strip = strips + tl.program_id(0).to(tl.int64) * groups * BLOCKS * M
+    own_rows = rows + tl.program_id(0) * (M * C)
     row = tl.arange(0, M)
     channel = tl.arange(0, C)
     item = tl.atomic_add(ticket, 1)
@@ -253,7 +288,18 @@ def _channel_scores(
         pointers = q + q_rows[:, None] + picked[None, :].to(tl.int64) * q_column
         q_tile = tl.load(pointers, mask=mine[:, None] & (channel < r)[None, :], other=0.0)
         # The scale goes into the query, so that a product is a logit and float16 has its range.
-        q_tile = _narrow(q_tile.to(tl.float32) * scale, packed.dtype.element_ty)
+        q_tile = q_tile.to(tl.float32) * scale
+        unit = tl.full([M], 1.0, tl.float32)
+        if SCALED:
+            deviation = tl.load(deviations + pair * dim + picked, mask=channel < r, other=0.0)
+            q_tile, unit = _scaled_rows(q_tile * deviation[None, :], C)
+        q_tile = _narrow(q_tile, packed.dtype.element_ty)
+        # Computed, the operand would pass through registers in every step, byte by byte where it
+        # has eight bits; loaded, it lies in shared memory.
+        here = own_rows + row[:, None] * C + channel[None, :]
+        tl.store(here, q_tile)
+        tl.debug_barrier()
+        q_tile = tl.load(here)
         position = query + offset
         first = tl.min(tl.where(mine, position, 2147483647))
         last = tl.max(tl.where(mine, position, -2147483648))
@@ -282,24 +328,25 @@ def _channel_scores(
         keys = packed + pair * groups * (BLOCKS * LP * C)
         top = tl.full([M, BLOCKS], float("-inf"), tl.float32)
         total = tl.zeros([M, BLOCKS], tl.float32)
+        own_some, own_valid = some + pair * blocks, valid + batch * valid_batch
         if WINDOWED or RANGED:
             top, total = _block_logits(
-                top, total, q_tile, keys, strip, some + pair * blocks, valid + batch * valid_batch,
-                start, start_all, position, kv_len, blocks, window, valid_row, row_low, row_high,
-                segment, slope, place, segments, places, cap, M, C, L, LP, BLOCKS, CAUSAL,
-                WINDOWED, PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, NATIVE, 1, True,
+                top, total, q_tile, unit, keys, strip, own_some, own_valid, start, start_all,
+                position, kv_len, blocks, window, valid_row, row_low, row_high, segment, slope,
+                place, segments, places, cap, M, C, L, LP, BLOCKS, CAUSAL, WINDOWED, PADDED, RANGED,
+                SEGMENTED, SLOPED, PLACED, CAPPED, NATIVE, SCALED, 1, True,
             )  # fmt: skip
         top, total = _block_logits(
-            top, total, q_tile, keys, strip, some + pair * blocks, valid + batch * valid_batch,
-            start_all, stop_all, position, kv_len, blocks, window, valid_row, row_low, row_high,
-            segment, slope, place, segments, places, cap, M, C, L, LP, BLOCKS, CAUSAL, WINDOWED,
-            PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, NATIVE, STAGES, False,
+            top, total, q_tile, unit, keys, strip, own_some, own_valid, start_all, stop_all,
+            position, kv_len, blocks, window, valid_row, row_low, row_high, segment, slope, place,
+            segments, places, cap, M, C, L, LP, BLOCKS, CAUSAL, WINDOWED, PADDED, RANGED, SEGMENTED,
+            SLOPED, PLACED, CAPPED, NATIVE, SCALED, STAGES, False,
         )  # fmt: skip
         top, total = _block_logits(
-            top, total, q_tile, keys, strip, some + pair * blocks, valid + batch * valid_batch,
-            stop_all, stop, position, kv_len, blocks, window, valid_row, row_low, row_high,
-            segment, slope, place, segments, places, cap, M, C, L, LP, BLOCKS, CAUSAL, WINDOWED,
-            PADDED, RANGED, SEGMENTED, SLOPED, PLACED, CAPPED, NATIVE, 1, True,
+            top, total, q_tile, unit, keys, strip, own_some, own_valid, stop_all, stop, position,
+            kv_len, blocks, window, valid_row, row_low, row_high, segment, slope, place, segments,
+            places, cap, M, C, L, LP, BLOCKS, CAUSAL, WINDOWED, PADDED, RANGED, SEGMENTED, SLOPED,
+            PLACED, CAPPED, NATIVE, SCALED, 1, True,
         )  # fmt: skip
         peak = tl.max(top, 1)
         base = tl.where(peak == float("-inf"), 0.0, peak)
@@ -333,32 +380,42 @@ def _channel_scores(
 
 
 class PackedKeys(NamedTuple):
-    """The chosen channels of all keys in groups of blocks, and which blocks hold a valid key."""
+    """The chosen channels of all keys in groups of blocks, and which blocks hold a valid key.
+
+    ``deviations`` float32 [B, Hkv, D], where keys were divided by them.
+    """
 
     keys: torch.Tensor
     some: torch.Tensor
     groups: int
     blocks_in_group: int
+    deviations: torch.Tensor | None
 
 
 def pack_keys(
-    k: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor | None, block: int, sloped: bool
-) -> PackedKeys:
+    k: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor | None, block: int,
+    modifiers: Modifiers,
+) -> PackedKeys:  # fmt: skip
     """[B, Hkv, groups, columns, r padded to a power of two]; see ``_packed_key`` for the order."""
-    batch, kv_heads, kv_len, _ = k.shape
-    lanes = triton.next_power_of_2(block)
-    columns = max(lanes, _launch(k, sloped).keys)
+    batch, kv_heads, kv_len, dim = k.shape
+    lanes, kept = triton.next_power_of_2(block), chosen.shape[2]
+    width = max(16, triton.next_power_of_2(kept))
+    means, deviations, dtype = chosen, None, _narrow_dtype(k)
+    if kept > MOST_WIDE and _may_shift(modifiers) and _eight_bits(k):
+        (means, deviations), dtype = key_moments(k, valid), torch.float8_e4m3fn
+    most = max(16, GROUP_BYTES // (width * dtype.itemsize))
+    columns = max(lanes, min(_launch(k, modifiers.slopes is not None).keys, most))
     in_group, blocks = columns // lanes, triton.cdiv(kv_len, block)
     groups = triton.cdiv(blocks, in_group)
-    width = max(16, triton.next_power_of_2(chosen.shape[2]))
-    packed = k.new_empty(batch, kv_heads, groups, columns, width, dtype=_narrow_dtype(k))
+    packed = k.new_empty(batch, kv_heads, groups, columns, width, dtype=dtype)
     some = k.new_empty(batch, kv_heads, blocks, dtype=torch.int8)
     _pack_keys[(batch * kv_heads * groups,)](
-        k, chosen, mask_pointer(valid, k), packed, some, kv_heads, kv_len, groups, blocks,
-        *k.stride(), *mask_strides(valid), chosen.shape[2], C=width, L=block, LP=lanes,
-        BLOCKS=in_group, PADDED=valid is not None, num_warps=4,
+        k, chosen, means, chosen if deviations is None else deviations, mask_pointer(valid, k),
+        packed, some, kv_heads, kv_len, groups, blocks, *k.stride(), *mask_strides(valid), dim,
+        kept, C=width, L=block, LP=lanes, BLOCKS=in_group, PADDED=valid is not None,
+        SCALED=deviations is not None, num_warps=4,
     )  # fmt: skip
-    return PackedKeys(packed, some, groups, in_group)
+    return PackedKeys(packed, some, groups, in_group, deviations)
 
 
 def _launch(x: torch.Tensor, sloped: bool) -> Launch:
@@ -382,7 +439,7 @@ def channel_scores(
     """
     sloped, valid = modifiers.slopes is not None, visibility.valid
     launch, extra = _launch(q, sloped), terms(visibility, modifiers, q)
-    batch, q_heads, q_len, _ = q.shape
+    batch, q_heads, q_len, dim = q.shape
     kv_heads = chosen.shape[1]
     dealt = deal_rows(launch.rows, q_heads // kv_heads, query_tile)
     blocks, tile_groups = triton.cdiv(kv_len, block), triton.cdiv(tiles, dealt.tiles)
@@ -392,17 +449,20 @@ def channel_scores(
         programs * packed.groups * packed.blocks_in_group * launch.rows,
         dtype=torch.float32 if sloped else _narrow_dtype(q),
     )
+    scaled, width = packed.deviations is not None, packed.keys.shape[4]
+    rows = packed.keys.new_empty(programs * launch.rows * width)
     ticket = torch.zeros(1, dtype=torch.int32, device=q.device)
     part = q.new_empty(batch, kv_heads, dealt.parts, tiles, blocks, dtype=torch.float32)
     _channel_scores[(programs,)](
-        q, packed.keys, chosen, packed.some, mask_pointer(valid, q), strips, ticket, part,
-        scale * LOG2_E, items, kv_heads, q_len, kv_len, offset, window or 0, packed.groups, blocks,
-        chosen.shape[2], first_tile, tiles, tile_groups, *q.stride(), *mask_strides(valid),
-        *extra.arguments, G=q_heads // kv_heads, R=query_tile, C=packed.keys.shape[4], L=block,
-        LP=triton.next_power_of_2(block), BLOCKS=packed.blocks_in_group, M=launch.rows,
-        LANES=dealt.lanes, HEADS=dealt.heads, TILES=dealt.tiles, PARTS=dealt.parts, CHUNK=64,
-        CAUSAL=causal, WINDOWED=window is not None, PADDED=valid is not None, **extra.flags,
-        NATIVE=_native(q), STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
+        q, packed.keys, chosen, chosen if packed.deviations is None else packed.deviations,
+        packed.some, mask_pointer(valid, q), rows, strips, ticket, part, scale * LOG2_E, items,
+        kv_heads, q_len, kv_len, offset, window or 0, packed.groups, blocks, dim, chosen.shape[2],
+        first_tile, tiles, tile_groups, *q.stride(), *mask_strides(valid), *extra.arguments,
+        G=q_heads // kv_heads, R=query_tile, C=width, L=block, LP=triton.next_power_of_2(block),
+        BLOCKS=packed.blocks_in_group, M=launch.rows, LANES=dealt.lanes, HEADS=dealt.heads,
+        TILES=dealt.tiles, PARTS=dealt.parts, CHUNK=64, CAUSAL=causal, WINDOWED=window is not None,
+        PADDED=valid is not None, **extra.flags, NATIVE=_native(q), SCALED=scaled,
+        STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
         maxnreg=launch.registers,
     )  # fmt: skip
     return part
@@ -411,6 +471,18 @@ def channel_scores(
 def _narrow_dtype(x: torch.Tensor) -> torch.dtype:
     """Of keys and logits: float16 maxima run at twice the rate and order blocks as well."""
     return torch.float16 if x.element_size() == 2 else torch.float32
+
+
+def _may_shift(modifiers: Modifiers) -> bool:
+    """Whether all logits of a row may move by one number: a cap looks at their size."""
+    return modifiers.slopes is None and not modifiers.softcap
+
+
+def _eight_bits(x: torch.Tensor) -> bool:
+    """Whether 16-bit ``x`` is on a device that multiplies e4m3 (capability 8.9 and later)."""
+    if x.element_size() != 2 or not x.is_cuda:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
 def _native(x: torch.Tensor) -> bool:

@@ -60,6 +60,51 @@ def _moments(
 
 
 @triton.jit
+def _combined(
+    mean, spread, weight, pair, column, chunks, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """Mean and variance of each channel over the chunks of one pair."""
+    used = (column < D)[None, :]
+    centre = tl.zeros([DP], tl.float32)
+    count = tl.zeros([1], tl.float32)
+    for step in range(0, (chunks + M - 1) // M):
+        row = step * M + tl.arange(0, M)
+        share = tl.load(weight + pair * chunks + row, mask=row < chunks, other=0.0)
+        pointers = mean + (pair * chunks + row)[:, None] * D + column[None, :]
+        centres = tl.load(pointers, mask=(row < chunks)[:, None] & used, other=0.0)
+        centre += tl.sum(centres * share[:, None], 0)
+        count += tl.sum(share, 0)
+    centre = centre / tl.maximum(count, 1.0)
+    total = tl.zeros([DP], tl.float32)
+    for step in range(0, (chunks + M - 1) // M):
+        row = step * M + tl.arange(0, M)
+        share = tl.load(weight + pair * chunks + row, mask=row < chunks, other=0.0)
+        inside = (row < chunks)[:, None] & used
+        place = (pair * chunks + row)[:, None] * D + column[None, :]
+        shift = tl.load(mean + place, mask=inside, other=0.0) - centre[None, :]
+        total += tl.sum(
+            tl.load(spread + place, mask=inside, other=0.0) + shift * shift * share[:, None], 0
+        )
+    return centre, total / tl.maximum(count, 1.0)
+
+
+@triton.jit
+def _key_moments(
+    mean, spread, weight, means, deviations, chunks, D: tl.constexpr, DP: tl.constexpr,
+    M: tl.constexpr,
+):  # fmt: skip
+    """Of one pair; a channel that is not finite somewhere gets neither mean nor deviation."""
+    pair = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, DP)
+    centre, variance = _combined(mean, spread, weight, pair, column, chunks, D, DP, M)
+    finite = variance < float("inf")
+    tl.store(means + pair * D + column, tl.where(finite, centre, 0.0), mask=column < D)
+    tl.store(
+        deviations + pair * D + column, tl.where(finite, tl.sqrt(variance), 0.0), mask=column < D
+    )
+
+
+@triton.jit
 def _strongest(
     energy, mean, spread, weight, strength, chosen, q_chunks, k_chunks, r,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
@@ -73,27 +118,8 @@ def _strongest(
         row = step * M + tl.arange(0, M)
         pointers = energy + (pair * G * q_chunks + row)[:, None] * D + column[None, :]
         power += tl.sum(tl.load(pointers, mask=(row < q_chunks * G)[:, None] & used, other=0.0), 0)
-    centre = tl.zeros([DP], tl.float32)
-    count = tl.zeros([1], tl.float32)
-    for step in range(0, (k_chunks + M - 1) // M):
-        row = step * M + tl.arange(0, M)
-        share = tl.load(weight + pair * k_chunks + row, mask=row < k_chunks, other=0.0)
-        pointers = mean + (pair * k_chunks + row)[:, None] * D + column[None, :]
-        centres = tl.load(pointers, mask=(row < k_chunks)[:, None] & used, other=0.0)
-        centre += tl.sum(centres * share[:, None], 0)
-        count += tl.sum(share, 0)
-    centre = centre / tl.maximum(count, 1.0)
-    total = tl.zeros([DP], tl.float32)
-    for step in range(0, (k_chunks + M - 1) // M):
-        row = step * M + tl.arange(0, M)
-        share = tl.load(weight + pair * k_chunks + row, mask=row < k_chunks, other=0.0)
-        inside = (row < k_chunks)[:, None] & used
-        place = (pair * k_chunks + row)[:, None] * D + column[None, :]
-        shift = tl.load(mean + place, mask=inside, other=0.0) - centre[None, :]
-        total += tl.sum(
-            tl.load(spread + place, mask=inside, other=0.0) + shift * shift * share[:, None], 0
-        )
-    own = power * (total / tl.maximum(count, 1.0))
+    _, variance = _combined(mean, spread, weight, pair, column, k_chunks, D, DP, M)
+    own = power * variance
     tl.store(strength + pair * D + column, own, mask=column < D)
     tl.debug_barrier()
     rank = tl.zeros([DP], tl.int32)
@@ -126,6 +152,20 @@ def channels(
         G=q.shape[1] // kv_heads, D=dim, DP=triton.next_power_of_2(dim), M=32, num_warps=8,
     )  # fmt: skip
     return chosen
+
+
+def key_moments(k: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [B, Hkv, D] each: mean and standard deviation over the valid keys."""
+    k = dense_rows(k)
+    batch, kv_heads, _, dim = k.shape
+    means = torch.empty(batch, kv_heads, dim, dtype=torch.float32, device=k.device)
+    deviations = torch.empty_like(means)
+    spread, mean, weight, chunks = _partial_moments(k, valid, centred=True)
+    _key_moments[(batch * kv_heads,)](
+        mean, spread, weight, means, deviations, chunks, D=dim, DP=triton.next_power_of_2(dim),
+        M=32, num_warps=8,
+    )  # fmt: skip
+    return means, deviations
 
 
 def _partial_moments(

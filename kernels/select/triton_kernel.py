@@ -277,7 +277,7 @@ def _channel_scores(
 ) -> tuple[Callable[[int, int], torch.Tensor], int]:  # fmt: skip
     """Scores of the tiles from a first one on, in how many parts."""
     sloped = modifiers.slopes is not None
-    packed = channels_scorer.pack_keys(k, chosen, visibility.valid, block, sloped)
+    packed = channels_scorer.pack_keys(k, chosen, visibility.valid, block, modifiers)
 
     def score(first_tile: int, tiles: int) -> torch.Tensor:
         return channels_scorer.channel_scores(

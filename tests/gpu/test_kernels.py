@@ -219,6 +219,12 @@ def test_selection(name: str, scorer: str, dtype: torch.dtype) -> None:
     triton_cases.select(CASES[name], dtype, scorer, "cuda")
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", [*TILES, "padding", "2000 keys", "dims 80 and 48", "window"])
+def test_selection_in_eight_bits(name: str, dtype: torch.dtype) -> None:
+    triton_cases.select_in_eight_bits(CASES[name], dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("scorer", ["channels", "mean"])
 @pytest.mark.parametrize("name", TERMS)

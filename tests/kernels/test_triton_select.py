@@ -10,6 +10,7 @@ from tests.kernels.triton_cases import Case
 
 CASES = {
     "group of two": Case(q_len=70, kv_len=70, count=4),
+    "whole tiles": Case(q_len=96, kv_len=128, offset=32, query_tile=32, count=5),
     "one query": Case(q_len=1, kv_len=40, offset=39, block=8),
     "short tiles, group of four": Case(
         heads=4, q_len=28, kv_len=32, query_tile=4, count=3, local_window=5
@@ -108,6 +109,12 @@ def test_picks_the_best(name: str, scorer: str, interpreted) -> None:
 @pytest.mark.parametrize("name", ["group of two", "padding"])
 def test_half_precision(name: str, scorer: str, interpreted) -> None:
     interpreted(triton_cases.select, CASES[name], torch.float16, scorer)
+
+
+@pytest.mark.parametrize("name", ["group of two", "padding", "not causal, window",
+    "block of 24, group of seven", "negative scale"])  # fmt: skip
+def test_eight_bits(name: str, interpreted) -> None:
+    interpreted(triton_cases.select_in_eight_bits, CASES[name], torch.float16)
 
 
 @pytest.mark.parametrize("name", ["group of two", "one query", "block of 24, group of seven",

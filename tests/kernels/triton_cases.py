@@ -207,6 +207,7 @@ def select(
     scorer: str,
     device: str = "cpu",
     with_lse: bool = False,
+    spread: Tensor | None = None,
     **overrides: Any,
 ) -> None:
     """The chosen blocks: visible, ascending, the forced ones, and by score as good as the best."""
@@ -217,6 +218,8 @@ def select(
     from nsa_compile.kernels.visibility import Visibility
 
     q, k, _, valid = inputs(case, dtype)
+    if spread is not None:
+        q, k = q / spread, k * spread + 8 * spread
     tensors = on(device, *case.terms(valid))
     q, k, valid = on(device, q, k, valid)
     if scorer == "channels":
@@ -240,6 +243,17 @@ def select(
     assert torch.equal(picked, again), "two runs differ"
     # Keys in half precision move a score by its rounding.
     check_selection(picked, worth, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def select_in_eight_bits(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """By e4m3 products of channels; also where channels differ in size and do not centre on 0."""
+    from nsa_compile.kernels.score import triton_kernel as scores
+
+    spread = torch.logspace(-2, 1, case.dim, dtype=dtype)
+    with replaced(scores, {"_eight_bits": lambda x: True, "MOST_WIDE": 0}):
+        for channels in (case.channels, case.dim):
+            select(case._replace(channels=channels), dtype, "channels", device)
+        select(case._replace(channels=case.dim), dtype, "channels", device, spread=spread)
 
 
 def _compressed_lse(case: Case, q: Tensor, k_cmp: Tensor, valid: Tensor | None) -> Tensor:

@@ -95,8 +95,8 @@ def test_small_budgets_are_chosen_among_more_candidates(
     assert NSAConfig(**options).proposed_blocks() == expected
 
 
-@pytest.mark.parametrize(("head_dim", "expected"), [(32, 16), (64, 16), (128, 32), (8, 8)])
-def test_channels_default_to_a_quarter_at_least_16(head_dim: int, expected: int) -> None:
+@pytest.mark.parametrize(("head_dim", "expected"), [(8, 8), (64, 64), (80, 64), (256, 64)])
+def test_channels_default_to_all_at_most_64(head_dim: int, expected: int) -> None:
     assert NSAConfig().channels(head_dim) == expected
 
 

@@ -70,7 +70,7 @@ def test_a_mask_that_was_not_understood_counts_every_pair() -> None:
 
 def test_sparse_is_scoring_plus_attending() -> None:
     pairs, attended = 5050, 48 * 100 - 48 * 47 // 2
-    for scorer, scoring in (("channels", 16 * pairs), ("mean", 64 * (pairs // 16))):
+    for scorer, scoring in (("channels", 64 * pairs), ("mean", 64 * (pairs // 16))):
         config = NSAConfig.from_options({**ONE_LOOK.sizes(), "scorer": scorer})
         expected = 2 * 8 * (2 * scoring + 2 * (64 + 32) * attended)
         assert flops_sparse(make_site(), config) == expected
@@ -86,10 +86,10 @@ def test_a_second_look_reads_the_proposed_blocks_that_are_not_forced() -> None:
 
 def test_a_full_mask_attends_to_the_budget_and_never_more_than_there_is() -> None:
     site = make_site(mask=Mask(causal=False))
-    scoring = 2 * 16 * 100 * 100
+    scoring = 2 * 64 * 100 * 100
     assert flops_sparse(site, ONE_LOOK) == 16 * (scoring + 2 * 96 * 100 * 48)
     short = make_site(mask=Mask(causal=False), q_len=20, kv_len=20)
-    assert flops_sparse(short, ONE_LOOK) == 16 * (2 * 16 * 400 + 2 * 96 * 400)
+    assert flops_sparse(short, ONE_LOOK) == 16 * (2 * 64 * 400 + 2 * 96 * 400)
 
 
 def test_up_to_dense_len_the_cost_is_that_of_dense() -> None:
@@ -121,7 +121,7 @@ def test_the_record_of_a_converted_site() -> None:
     assert (row.mask, row.dtype, row.scale, row.compile_id) == ("causal", "bfloat16", 0.125, "0/1")
     assert row.config is not None
     assert row.config["num_selected"] == 3
-    assert (row.config["score_channels"], row.config["candidates"]) == (16, 4)
+    assert (row.config["score_channels"], row.config["candidates"]) == (64, 4)
     assert isinstance(row.flops_sparse, int)
 
 
