@@ -108,7 +108,7 @@ PRESETS = {
     ),
     "8k": Settings(
         shorter=(Phase(256, 128, 240, 6, 4, 6),),
-        context=8192, batch=4, steps=1000, tune_steps=160, width=512, layers=8, q_heads=8,
+        context=8192, batch=4, steps=1000, tune_steps=400, width=512, layers=8, q_heads=8,
         kv_heads=2, head_dim=64, learning_rate=1.5e-3, tune_rate=5e-4, tune_gate_rate=5e-3,
         answer_weight=8.0, pairs=64, questions=32, repeats=4, eval_batches=16,
         nsa={"merge": "gate", "dense_len": 0},
