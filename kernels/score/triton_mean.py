@@ -225,14 +225,16 @@ def _column_steps(
     slot = tl.arange(0, TILES)
     apart: tl.constexpr = 4 if TILES == 1 else TILES
     subtotal = tl.zeros([BC, apart], tl.float32)
+    newest = tl.maximum(stop * PARTS - 1, 0)  # What is fetched ahead must be there.
     head, first, query, mine = dealt_rows(
-        start * PARTS, first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES, PARTS
-    )
+        tl.minimum(start * PARTS, newest), first_tile, tiles, q_len, R, G, M, LANES, HEADS, TILES,
+        PARTS,
+    )  # fmt: skip
     next_shift = _shifts(shifts, head, first, query, mine, q_len, EVEN)
     for step in range(start * PARTS, stop * PARTS):
         shift = next_shift
         head, first, query, mine = dealt_rows(
-            tl.minimum(step + 1, stop * PARTS - 1), first_tile, tiles, q_len, R, G, M, LANES,
+            tl.minimum(step + 1, newest), first_tile, tiles, q_len, R, G, M, LANES,
             HEADS, TILES, PARTS,
         )  # fmt: skip
         next_shift = _shifts(shifts, head, first, query, mine, q_len, EVEN)
