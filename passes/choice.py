@@ -42,12 +42,13 @@ def chosen_blocks(
     else:
         summary = choice.k_cmp
     sizes = (options.query_tile, options.select_block)
+    proposed = options.proposed_blocks(dim)
     forced = (options.init_blocks, choice.local_window)
     blocks: Tensor = ops.select_blocks(
-        q, k, summary, *terms, options.scorer, *logits, *sizes, options.proposed_blocks(), *forced,
+        q, k, summary, *terms, options.scorer, *logits, *sizes, proposed, *forced,
         *compression, choice.dense_len, choice.lse, options.importance,
     )  # fmt: skip
-    if options.proposed_blocks() > (options.num_selected or 0):
+    if proposed > (options.num_selected or 0):
         blocks = ops.refine_blocks(
             q, k, blocks, *terms, *logits, *sizes, options.num_selected, *forced, choice.dense_len
         )

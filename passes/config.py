@@ -70,8 +70,9 @@ class NSAConfig:
         select_block: l', tokens in a selected block.
         num_selected: n, blocks a query tile reads, forced ones included.
         candidates: blocks that scorer ``"channels"`` proposes; the exact logits choose
-            ``num_selected`` of them. None is half as many again, up to 32 (a larger budget needs
-            no second look); ``num_selected`` itself switches the second look off.
+            ``num_selected`` of them. None is half as many again, up to 32 (a larger budget needs no
+            second look, nor does a scorer that has read all channels); ``num_selected`` itself
+            switches the second look off.
         init_blocks: blocks at the start of the sequence that are always read.
         window: w, most recent tokens that are always read, the query's own included.
         dense_len: up to this many keys the operator computes dense attention, decided at run time.
@@ -166,13 +167,15 @@ class NSAConfig:
             return min(self.score_channels, head_dim)
         return min(head_dim, DEFAULT_CHANNELS)
 
-    def proposed_blocks(self) -> int:
+    def proposed_blocks(self, head_dim: int) -> int:
         """Blocks that the scorer proposes to a tile; ``num_selected`` when nobody looks again."""
         budget = self.num_selected or 0
         if self.scorer != "channels" or self.selector != "nsa":
             return budget
         if self.candidates is not None:
             return self.candidates
+        if self.channels(head_dim) == head_dim:
+            return budget
         return max(budget, min(budget + budget // 2, 32))
 
     def local_window(self) -> int:

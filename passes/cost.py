@@ -91,7 +91,7 @@ def _scoring(site: AttentionSite, config: NSAConfig) -> Size:
 
 def second_look_pairs(site: AttentionSite, config: NSAConfig) -> Size:
     """Pairs in the proposed blocks that are not forced; none without a second look."""
-    proposed = config.proposed_blocks()
+    proposed = config.proposed_blocks(site.head_dim)
     if proposed == config.num_selected:
         return 0
     free = max(proposed - config.forced_blocks(), 0)

@@ -92,5 +92,5 @@ def _sizes_used(decision: Decision) -> dict[str, Any]:
     sizes = decision.config.sizes()
     if decision.config.scorer == "channels":
         sizes["score_channels"] = decision.config.channels(decision.site.head_dim)
-        sizes["candidates"] = decision.config.proposed_blocks()
+        sizes["candidates"] = decision.config.proposed_blocks(decision.site.head_dim)
     return sizes

@@ -109,7 +109,7 @@ def _blocks(
     logits: tuple[Any, ...], call: Caller,
 ) -> fx.Node:  # fmt: skip
     """The blocks that the scorer chooses."""
-    ops, valid = torch.ops.nsa, terms[0]
+    ops, valid, proposed = torch.ops.nsa, terms[0], config.proposed_blocks(head_dim)
     if config.scorer == "channels":
         r = config.channels(head_dim)
         summary = call(ops.channels.default, q, k, valid, r, config.dense_len)
@@ -119,10 +119,10 @@ def _blocks(
     blocks = call(
         ops.select_blocks.default,
         q, k, summary, *terms, config.scorer, *logits,
-        config.query_tile, config.select_block, config.proposed_blocks(), config.init_blocks,
+        config.query_tile, config.select_block, proposed, config.init_blocks,
         config.window, config.compress_block, config.compress_stride, config.dense_len,
     )  # fmt: skip
-    if config.proposed_blocks() > (config.num_selected or 0):
+    if proposed > (config.num_selected or 0):
         blocks = call(
             ops.refine_blocks.default,
             q, k, blocks, *terms, *logits,

@@ -65,7 +65,7 @@ class ConvertedPath:
         self.settings, self.config = settings, settings.config(path)
         tiling = (settings.query_tile, settings.block)
         self.logits = (settings.dim**-0.5, 0.0, True, 0, None, *tiling)
-        self.refined = self.config.proposed_blocks() > settings.num_selected
+        self.proposed = self.config.proposed_blocks(settings.dim)
 
     def sparse(self) -> ConvertedPath:
         """The same at ``dense_len=0``."""
@@ -90,14 +90,14 @@ class ConvertedPath:
         s = self.settings
         picked = torch.ops.nsa.select_blocks(
             q, k, summary, *_ABSENT, self.config.scorer, *self.logits,
-            self.config.proposed_blocks(), s.init_blocks, s.window, s.compress_block,
-            s.compress_stride, s.dense_len,
+            self.proposed, s.init_blocks, s.window, s.compress_block, s.compress_stride,
+            s.dense_len,
         )  # fmt: skip
         return _as_tensor(picked)
 
     def refine(self, q: Tensor, k: Tensor, candidates: Tensor) -> Tensor:
         s = self.settings
-        if not self.refined:
+        if self.proposed == s.num_selected:
             return candidates
         picked = torch.ops.nsa.refine_blocks(
             q, k, candidates, *_ABSENT, *self.logits, s.num_selected, s.init_blocks, s.window,
@@ -127,7 +127,7 @@ class ConvertedPath:
             "refine": functools.partial(self.refine, q, k, candidates),
             "attend": functools.partial(self.attend, q, k, v, blocks),
         }
-        if not self.refined:
+        if self.proposed == self.settings.num_selected:
             del calls["refine"]
         return calls
 

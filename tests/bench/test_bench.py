@@ -16,8 +16,8 @@ from nsa_compile.bench.settings import Settings
 from nsa_compile.bench.timing import Timing
 
 SMALL = (
-    "--device cpu --lengths 128,256 --heads 2/1 --dim 16 --query-tile 16 --num-selected 8 "
-    "--window 64 --dense-len 128 --budget-ms 1"
+    "--device cpu --lengths 128,256 --heads 2/1 --dim 16 --score-channels 8 --query-tile 16 "
+    "--num-selected 8 --window 64 --dense-len 128 --budget-ms 1"
 ).split()
 
 

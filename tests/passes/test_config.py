@@ -86,13 +86,15 @@ def test_layer_filters(include: object, exclude: object, module: str, expected: 
         ({"num_selected": 24, "window": 128}, 32),
         ({"num_selected": 16, "window": 128, "scorer": "mean"}, 16),
         ({"num_selected": 16, "window": 128, "candidates": 16}, 16),
+        ({"num_selected": 16, "window": 128, "score_channels": 128}, 16),
+        ({"num_selected": 16, "window": 128, "score_channels": 128, "candidates": 20}, 20),
         ({"candidates": 100}, 100),
     ],
 )
 def test_small_budgets_are_chosen_among_more_candidates(
     options: dict[str, object], expected: int
 ) -> None:
-    assert NSAConfig(**options).proposed_blocks() == expected
+    assert NSAConfig(**options).proposed_blocks(128) == expected
 
 
 @pytest.mark.parametrize(("head_dim", "expected"), [(8, 8), (64, 64), (80, 64), (256, 64)])

@@ -121,7 +121,7 @@ def test_the_record_of_a_converted_site() -> None:
     assert (row.mask, row.dtype, row.scale, row.compile_id) == ("causal", "bfloat16", 0.125, "0/1")
     assert row.config is not None
     assert row.config["num_selected"] == 3
-    assert (row.config["score_channels"], row.config["candidates"]) == (64, 4)
+    assert (row.config["score_channels"], row.config["candidates"]) == (64, 3)
     assert isinstance(row.flops_sparse, int)
 
 

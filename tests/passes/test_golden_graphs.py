@@ -17,7 +17,10 @@ from nsa_compile.passes.pipeline import analyse, rewrite
 from tests import golden
 
 GOLDEN = Path(__file__).parent / "golden"
-CONFIG = NSAConfig(select_block=16, query_tile=16, num_selected=4, window=16, dense_len=0)
+CONFIG = NSAConfig(
+    select_block=16, query_tile=16, num_selected=4, window=16, dense_len=0,
+    score_channels=8,
+)  # fmt: skip
 
 
 def _sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
