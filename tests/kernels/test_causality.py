@@ -19,6 +19,7 @@ SIZES = {
 
 def before_and_after(**config: Any) -> tuple[Tensor, Tensor]:
     """Outputs for two inputs that agree on the first ``CUT`` tokens."""
+    torch.manual_seed(0)
     q, k, v = (torch.randn(1, 4, T, 16, dtype=torch.float64) for _ in range(3))
     first = nsa_attention(q, k[:, :2], v[:, :2], config={**SIZES, **config})
     for x in (q, k, v):
@@ -26,8 +27,10 @@ def before_and_after(**config: Any) -> tuple[Tensor, Tensor]:
     return first, nsa_attention(q, k[:, :2], v[:, :2], config={**SIZES, **config})
 
 
-def test_mean_scorer_with_a_tile_of_one_is_strictly_causal() -> None:
-    first, second = before_and_after(scorer="mean", query_tile=1)
+@pytest.mark.parametrize("scorer", ["mean", "channels"])
+def test_a_tile_of_one_without_a_statistic_is_strictly_causal(scorer: str) -> None:
+    """All channels are read, so none is chosen."""
+    first, second = before_and_after(scorer=scorer, query_tile=1)
     assert torch.equal(first[:, :, :CUT], second[:, :, :CUT])
 
 
