@@ -56,10 +56,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--learning-rate", type=float, help="peak, of the variants from scratch")
     parser.add_argument("--answer-weight", type=float, help="of an answer's bytes in the loss")
-    parser.add_argument(
-        "--converted", action="append", default=[], metavar="NAME=VALUE", type=option,
-        help="option of the conversion without training, e.g. candidates=128; may be repeated",
-    )  # fmt: skip
+    for name, text in (
+        ("converted", "of the conversion without training, e.g. candidates=128"),
+        ("prepared", "of the variants with gates, e.g. scorer=channels"),
+    ):
+        parser.add_argument(
+            f"--{name}", action="append", default=[], metavar="NAME=VALUE", type=option,
+            help=f"option {text}; may be repeated",
+        )  # fmt: skip
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.variants.split(",") if name not in VARIANTS]
     if unknown:
@@ -82,7 +86,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         "answer_weight",
     )  # fmt: skip
     settings = PRESETS[preset].replace(**{name: getattr(arguments, name) for name in names})
-    return settings.replace(converted={**settings.converted, **dict(arguments.converted)})
+    return settings.replace(
+        converted={**settings.converted, **dict(arguments.converted)},
+        nsa={**settings.nsa, **dict(arguments.prepared)},
+    )
 
 
 def run(

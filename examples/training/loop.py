@@ -45,8 +45,9 @@ class Checkpoint:
 
     def __init__(self, folder: Path, variant: Variant, settings: Settings) -> None:
         self.path = folder / f"{variant.name}.pt"
-        # Weights do not depend on how they are converted afterwards.
-        self.settings = repr(settings.replace(converted={}))
+        # How weights are converted afterwards does not matter, nor do the branches to dense ones.
+        unused = {"converted": {}} if variant.prepared else {"converted": {}, "nsa": {}}
+        self.settings = repr(settings.replace(**unused))
 
     def save(self, made: Made, optimizer: torch.optim.Optimizer, state: State) -> None:
         held = {

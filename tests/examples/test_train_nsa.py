@@ -107,6 +107,16 @@ def test_weights_are_converted_with_other_options(example: Example, tmp_path: Pa
         example("--converted", "candidates")
 
 
+def test_other_options_of_the_branches_keep_the_dense_weights(
+    example: Example, tmp_path: Path
+) -> None:
+    example("--variants", "dense", "--train-only")
+    example("--variants", "tuned", "--prepared", "scorer=channels")
+    (written,) = tmp_path.rglob("results.json")
+    used = json.loads(written.read_text())["settings"]["nsa"]
+    assert (used["scorer"], used["merge"]) == ("channels", "gate")
+
+
 def test_what_begins_with_the_dense_weights_asks_for_them(example: Example) -> None:
     with pytest.raises(SystemExit, match="train the variant dense first"):
         example("--variants", "converted")
