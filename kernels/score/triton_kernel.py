@@ -43,11 +43,6 @@ from nsa_compile.kernels.visibility import Visibility
 
 __all__ = ["channel_scores", "channels", "pack_keys"]
 
-# One H100, 65,536 tokens, 32/8 heads, ms. 32 channels: 128x256 with 4 warps and 3 programs a
-# processor 7.2 (rows that are computed and not loaded 7.4), 8 warps 8.0, 128x128 8.6, 256x128 8.5,
-# two programs a processor 8.8; with float32 products 10.0. The product alone takes 5.5. 64 channels
-# in 8 bits 7.9 (in 16 bits 15.7), 2 stages 8.9, 128x128 10.1, two programs 9.1; 128 channels in 8
-# bits 15.7, 2 stages 17.2.
 # A packed channel has this deviation, and a packed query row this length: the largest e4m3, 448, is
 # then 112 deviations away, and no sum of 64 products passes float16's 65504 (of more: of 256, a
 # quarter of the length).
@@ -55,9 +50,14 @@ KEY_DEVIATION: tl.constexpr = tl.constexpr(4.0)
 QUERY_LENGTH: tl.constexpr = tl.constexpr(16.0)
 # More channels than this are multiplied in 8 bits where the device can.
 MOST_WIDE = 32
-# By sixteen-bit inputs and whether logits are float32, which ALiBi's distances ask for.
 # Fewer keys a step where their channels take more: three stages of three programs fit a processor.
 GROUP_BYTES = 1 << 14
+# One H100, 65,536 tokens, 32/8 heads, ms. 32 channels: 128x256 with 4 warps and 3 programs a
+# processor 7.2 (rows that are computed and not loaded 7.4), 8 warps 8.0, 128x128 8.6, 256x128 8.5,
+# two programs a processor 8.8; with float32 products 10.0. The product alone takes 5.5. 64 channels
+# in 8 bits 7.9 (in 16 bits 15.7), 2 stages 8.9, 128x128 10.1, two programs 9.1; 128 channels in 8
+# bits 15.7, 2 stages 17.2.
+# By sixteen-bit inputs and whether logits are float32, which ALiBi's distances ask for.
 LAUNCHES: dict[tuple[bool, bool], Launch] = {
     (True, False): Launch(128, 256, 4, 3, programs=3, registers=168),
     (True, True): Launch(64, 128, 4, 2, programs=2),

@@ -66,6 +66,7 @@ class ConvertedPath:
         tiling = (settings.query_tile, settings.block)
         self.logits = (settings.dim**-0.5, 0.0, True, 0, None, *tiling)
         self.proposed = self.config.proposed_blocks(settings.dim)
+        self.refined = self.proposed > settings.num_selected
 
     def sparse(self) -> ConvertedPath:
         """The same at ``dense_len=0``."""
@@ -97,7 +98,7 @@ class ConvertedPath:
 
     def refine(self, q: Tensor, k: Tensor, candidates: Tensor) -> Tensor:
         s = self.settings
-        if self.proposed == s.num_selected:
+        if not self.refined:
             return candidates
         picked = torch.ops.nsa.refine_blocks(
             q, k, candidates, *_ABSENT, *self.logits, s.num_selected, s.init_blocks, s.window,
@@ -127,7 +128,7 @@ class ConvertedPath:
             "refine": functools.partial(self.refine, q, k, candidates),
             "attend": functools.partial(self.attend, q, k, v, blocks),
         }
-        if self.proposed == self.settings.num_selected:
+        if not self.refined:
             del calls["refine"]
         return calls
 
