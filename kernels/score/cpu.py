@@ -122,13 +122,12 @@ class ChannelScorer(_Scorer):
         for pair, (entry, head) in enumerate(self.places):
             picked = summary[entry, head].long()
             heads = q[entry, head * self.group : (head + 1) * self.group]
-            # Row by row of one matrix at a time index_select is three times as fast.
-            queries = torch.stack([x.index_select(1, picked) for x in heads]).to(self.wide)
-            keys = k[entry, head].index_select(1, picked).to(self.wide)
+            queries, keys = _channels_of(heads, picked), _channels_of(k[entry, head], picked)
+            queries, keys = queries.to(self.wide), keys.to(self.wide)
             valid = None if visibility.valid is None else visibility.valid[entry]
             if valid is not None:
                 # Whatever padding holds, its logit must be -inf and not NaN.
-                keys.masked_fill_(~valid[:, None], 0.0)
+                keys = keys.masked_fill(~valid[:, None], 0.0)
             own = self.keys[pair]
             self._fill(pair, queries, keys, valid, scale, own[:length, :kept])
             if valid is not None:
@@ -238,6 +237,16 @@ class ChannelScorer(_Scorer):
             self.add_alibi_(cap_(by_head, self.modifiers), pair, positions[0], keys)
         if masked:
             self.masks.hide_(by_head, self.places[pair][0], positions, keys)
+
+
+def _channels_of(x: Tensor, picked: Tensor) -> Tensor:
+    """The channels ``picked``, ascending, of x [..., T, D]; x itself if that is all of them."""
+    if len(picked) == x.shape[-1]:
+        return x
+    if x.dim() == 2:
+        return x.index_select(1, picked)
+    # Row by row of one matrix at a time index_select is three times as fast.
+    return torch.stack([_channels_of(part, picked) for part in x])
 
 
 class MeanScorer(_Scorer):
