@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -11,8 +13,15 @@ from nsa_compile.bench.advice import break_evens
 from nsa_compile.bench.arguments import parse
 from nsa_compile.bench.document import DocumentError, document, hardware, load
 from nsa_compile.bench.plot import PlotError, plot
-from nsa_compile.bench.rows import run
+from nsa_compile.bench.rows import Row, run
+from nsa_compile.bench.settings import Settings
 from nsa_compile.bench.table import markdown, table
+
+
+def _save(path: Path | None, settings: Settings, rows: list[Row]) -> None:
+    """Write the document to ``path``, if there is one."""
+    if path is not None:
+        path.write_text(json.dumps(document(settings, rows), indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,12 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
             settings, device, rows = load(given.load)
         else:
             settings, device = given.settings, hardware(given.settings.device)
-            rows = run(settings, console)
+            rows = run(settings, console, functools.partial(_save, given.json, settings))
         console.print(table(settings, device, rows))
         for found in break_evens(rows):
             console.print(str(found), highlight=False)
-        if given.json is not None:
-            given.json.write_text(json.dumps(document(settings, rows), indent=1) + "\n")
+        _save(given.json, settings, rows)
         if given.markdown is not None:
             given.markdown.write_text(markdown(rows))
         if given.plot is not None:

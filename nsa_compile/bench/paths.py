@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,23 +30,24 @@ _BACKENDS = (
 )
 
 
-@contextmanager
 def fastest_dense(
     device: str, qkv: tuple[Tensor, ...], call: Callable[..., Tensor]
-) -> Iterator[str]:
-    """Inside, SDPA uses the first backend that takes ``call(*qkv)``; yields its name."""
+) -> tuple[str, Callable[..., Tensor]]:
+    """The first SDPA backend that takes ``call(*qkv)``: its name, and ``call`` with it."""
     if device != "cuda":
-        yield "cpu"
-        return
+        return "cpu", call
+
+    def with_backend(backend: SDPBackend, *inputs: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return call(*inputs)
+
     for backend in _BACKENDS:
+        chosen = functools.partial(with_backend, backend)
         try:
-            with sdpa_kernel(backend):
-                call(*qkv)
+            chosen(*qkv)
         except RuntimeError:
             continue
-        with sdpa_kernel(backend):
-            yield backend.name.removesuffix("_ATTENTION").lower()
-        return
+        return backend.name.removesuffix("_ATTENTION").lower(), chosen
     raise RuntimeError(f"no SDPA backend takes inputs of shape {tuple(qkv[0].shape)}")
 
 

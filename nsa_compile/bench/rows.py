@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from rich.console import Console
@@ -20,6 +21,8 @@ from nsa_compile.bench.paths import (
 )
 from nsa_compile.bench.settings import Settings
 from nsa_compile.bench.timing import Timing, measure, peak_bytes, replayed
+
+Compared: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a call and its inputs
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,13 @@ class Row:
         return self.converted.peak_bytes / self.dense.peak_bytes
 
 
-def run(settings: Settings, console: Console) -> list[Row]:
-    """Every length and head count; a shape that does not fit into memory is named and left out."""
+def run(
+    settings: Settings, console: Console, save: Callable[[list[Row]], object] = lambda rows: None
+) -> list[Row]:
+    """Every length and head count; a shape that does not fit into memory is named and left out.
+
+    ``save`` is called with all rows after each shape.
+    """
     import nsa_compile.kernels.library  # noqa: F401
 
     rows: list[Row] = []
@@ -92,6 +100,7 @@ def run(settings: Settings, console: Console) -> list[Row]:
                 rows += _measure_shape(settings, heads, length, step)
             except torch.OutOfMemoryError:
                 console.print(f"{name}: out of memory, left out")
+            save(rows)
             if settings.device == "cuda":
                 torch.cuda.empty_cache()
             progress.advance(task)
@@ -108,40 +117,43 @@ def _measure_shape(
         torch.randn(1, length, h, settings.dim, dtype=dtype, device=settings.device).transpose(1, 2)
         for h in (heads[0], heads[1], heads[1])
     )
-    timed = functools.partial(
-        cost, device=settings.device, budget_ms=settings.budget_ms, backward=settings.backward
-    )
-    with fastest_dense(settings.device, qkv, dense) as backend:
-        step("dense")
-        reference = timed(dense, qkv)
+    backend, call = fastest_dense(settings.device, qkv, dense)
     rows = []
     for name in settings.paths:
         step(name)
         path = path_of(settings, name)
         inputs, is_dense = path.inputs(qkv), path.is_dense(length)
-        converted = timed(path, inputs)
-        sparse = timed(path.sparse(), inputs) if is_dense else converted
-        stages = {
-            stage: measure(call, settings.device, settings.budget_ms)
-            for stage, call in path.sparse().stages(*inputs).items()
-        }
-        rows.append(
-            Row(*heads, length, name, backend, reference, converted, sparse, is_dense, stages)
+        compared: list[Compared] = [(call, qkv), (path, inputs)]
+        if is_dense:
+            compared.append((path.sparse(), inputs))
+        dense_cost, converted, *rest = costs(
+            compared, settings.device, settings.budget_ms, settings.backward
         )
+        sparse = rest[0] if is_dense else converted
+        stages = path.sparse().stages(*inputs)
+        times = measure(list(stages.values()), settings.device, settings.budget_ms)
+        by_stage = dict(zip(stages, times, strict=True))
+        rows.append(
+            Row(
+                *heads, length, name, backend, dense_cost, converted, sparse, is_dense, by_stage
+            )
+        )  # fmt: skip
     return rows
 
 
-def cost(
-    path: Callable[..., Tensor],
-    inputs: tuple[Tensor, ...],
-    *,
-    device: str,
-    budget_ms: float,
-    backward: bool,
-) -> Cost:
-    """What ``path(*inputs)`` takes; each measurement takes about ``budget_ms``."""
-    forward = measure(replayed(functools.partial(path, *inputs), device), device, budget_ms)
+def costs(
+    compared: Sequence[Compared], device: str, budget_ms: float, backward: bool
+) -> list[Cost]:
+    """What each call takes; each measurement takes about ``budget_ms``."""
+    forwards = [functools.partial(call, *inputs) for call, inputs in compared]
     if not backward:
-        return Cost(forward)
-    peak = peak_bytes(functools.partial(forward_and_backward, path, inputs), device)
-    return Cost(forward, measure(backward_of(path, inputs), device, budget_ms), peak)
+        times = measure([replayed(call, device) for call in forwards], device, budget_ms)
+        return [Cost(forward) for forward in times]
+    # First: what follows holds memory.
+    peaks = [
+        peak_bytes(functools.partial(forward_and_backward, call, inputs), device)
+        for call, inputs in compared
+    ]
+    times = measure([replayed(call, device) for call in forwards], device, budget_ms)
+    gradients = measure([backward_of(*each) for each in compared], device, budget_ms)
+    return list(map(Cost, times, gradients, peaks))

@@ -22,7 +22,7 @@ from nsa_compile import functional
 from nsa_compile.bench.advice import crossing
 from nsa_compile.bench.document import hardware
 from nsa_compile.bench.paths import dense, fastest_dense
-from nsa_compile.bench.rows import Cost, cost
+from nsa_compile.bench.rows import Compared, Cost, costs
 from nsa_compile.dynamo_text import describe
 from nsa_compile.passes.config import NSAConfig
 from nsa_compile.passes.projection import LENGTHS
@@ -170,23 +170,23 @@ def _probed(shape: Shape, device: str) -> float:
 def _times(
     shape: Shape, length: int, device: str, backward: bool, budget_ms: float
 ) -> dict[str, Any]:
-    measure = functools.partial(cost, device=device, budget_ms=budget_ms, backward=backward)
-    qkv, call = _inputs(shape, length, device), _dense(shape)
-    with fastest_dense(device, qkv, call) as backend:
-        reference = measure(call, qkv)
-    row: dict[str, Any] = {"length": length, "dense_backend": backend, "is_dense": None}
-    row |= _numbers("dense", reference) | _numbers("converted", None) | _numbers("sparse", None)
-    if shape.config is None:
-        return row
-    config = NSAConfig.from_options(json.loads(shape.config))
-    gated = config.merge == "gate"
-    is_dense = not gated and length <= (config.dense_len or 0)
-    inputs = (*qkv, torch.rand(*qkv[0].shape[:3], 3).to(qkv[0])) if gated else qkv
-    converted = measure(_converted(shape, config), inputs)
-    always = NSAConfig.from_options({**json.loads(shape.config), "dense_len": 0})
-    sparse = measure(_converted(shape, always), inputs) if is_dense else converted
-    row["is_dense"] = is_dense
-    return row | _numbers("converted", converted) | _numbers("sparse", sparse)
+    qkv = _inputs(shape, length, device)
+    backend, call = fastest_dense(device, qkv, _dense(shape))
+    compared: list[Compared] = [(call, qkv)]
+    is_dense = None
+    if shape.config is not None:
+        config = NSAConfig.from_options(json.loads(shape.config))
+        gated = config.merge == "gate"
+        is_dense = not gated and length <= (config.dense_len or 0)
+        inputs = (*qkv, torch.rand(*qkv[0].shape[:3], 3).to(qkv[0])) if gated else qkv
+        compared.append((_converted(shape, config), inputs))
+        if is_dense:
+            always = NSAConfig.from_options({**json.loads(shape.config), "dense_len": 0})
+            compared.append((_converted(shape, always), inputs))
+    reference, *rest = costs(compared, device, budget_ms, backward)
+    row: dict[str, Any] = {"length": length, "dense_backend": backend, "is_dense": is_dense}
+    row |= _numbers("dense", reference) | _numbers("converted", rest[0] if rest else None)
+    return row | _numbers("sparse", rest[-1] if rest else None)
 
 
 def _numbers(name: str, found: Cost | None) -> dict[str, Any]:

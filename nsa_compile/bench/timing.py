@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+_WARMING_MS = 300.0  # A GPU's clocks follow its power within a few tenths of a second.
 
 
 @dataclass(frozen=True)
@@ -25,43 +28,60 @@ class Timing:
         return f"{self.median:.2f} ±{spread:.0%}"
 
 
-def measure(call: Callable[[], object], device: str, budget_ms: float) -> Timing:
-    """Median time of ``call`` after warming up, within about ``budget_ms``."""
-    call()
-    if device == "cuda":
-        return _measure_queued(call, budget_ms)
-    times: list[float] = []
-    while not times or (sum(times) < budget_ms and len(times) < 100):
-        start = time.perf_counter()
+def measure(calls: Sequence[Callable[[], object]], device: str, budget_ms: float) -> list[Timing]:
+    """Median times of ``calls`` after warming up, each within about ``budget_ms``."""
+    for call in calls:
         call()
-        times.append((time.perf_counter() - start) * 1e3)
-    fifths = statistics.quantiles(times * 2, n=5)
-    return Timing(statistics.median(times), fifths[0], fifths[-1])
+    if device == "cuda":
+        times = [_queued(call, budget_ms) for call in calls]
+    else:
+        times = _waited_for(calls, budget_ms)
+    fifths = [statistics.quantiles(mine * 2, n=5) for mine in times]
+    return [
+        Timing(statistics.median(mine), each[0], each[-1])
+        for mine, each in zip(times, fifths, strict=True)
+    ]
 
 
-def _measure_queued(call: Callable[[], object], budget_ms: float) -> Timing:
-    """Device time of calls that wait in the queue, as those of a model do.
+def _waited_for(calls: Sequence[Callable[[], object]], budget_ms: float) -> list[list[float]]:
+    """Milliseconds of every turn of every call.
 
-    A call of a millisecond takes the host a good part of that to launch; timed alone, the launches
-    would be measured. Short calls are therefore timed several at a time.
+    They take turns: others use a host too, and what is compared has to meet the same.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    while not times[0] or (max(map(sum, times)) < budget_ms and len(times[0]) < 100):
+        for call, mine in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            mine.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _queued(call: Callable[[], object], budget_ms: float) -> list[float]:
+    """Milliseconds of device time of a call among its own kind that waits in the queue.
+
+    So do the layers of a model. A chip lowers its clocks by the power that its work takes: after
+    another call, one would be timed at the clocks of the other. The first turns therefore only
+    warm up. The host stays ahead, since nothing is waited for in between; short calls, which it
+    may launch more slowly than the device answers, are timed several at a time.
     """
 
-    def timed(calls: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / calls
+    def timed(calls: int, turns: int) -> list[float]:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(turns + 1)]
+        call()
+        marks[0].record()
+        for mark in marks[1:]:
+            for _ in range(calls):
+                call()
+            mark.record()
+        marks[-1].synchronize()
+        spans = (float(start.elapsed_time(end)) for start, end in itertools.pairwise(marks))
+        return [span / calls for span in spans]
 
-    timed(1)
-    estimate = timed(3)
+    estimate = statistics.median(timed(1, 3))
     calls = max(1, min(20, math.ceil(10 / estimate)))
-    repeats = max(5, min(50, int(budget_ms / (estimate * calls))))
-    times = [timed(calls) for _ in range(repeats)]
-    fifths = statistics.quantiles(times, n=5)
-    return Timing(statistics.median(times), fifths[0], fifths[-1])
+    turns, warming = (int(each / (estimate * calls)) for each in (budget_ms, _WARMING_MS))
+    return timed(calls, warming + max(5, min(50, turns)))[warming:]
 
 
 def replayed(call: Callable[[], object], device: str) -> Callable[[], object]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nsa_compile.bench import rows
 from nsa_compile.bench.__main__ import main
 from nsa_compile.bench.advice import break_evens, crossing
 from nsa_compile.bench.document import document, load
@@ -37,15 +39,31 @@ def test_measures_writes_and_shows_again(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.strip() == shown.strip()
 
 
+def test_what_was_measured_before_an_interruption_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    results, measured = tmp_path / "results.json", rows._measure_shape
+
+    def until_256(settings: Settings, heads: tuple[int, int], length: int, step: Any) -> list[Row]:
+        if length == 256:
+            raise KeyboardInterrupt
+        return measured(settings, heads, length, step)
+
+    monkeypatch.setattr(rows, "_measure_shape", until_256)
+    with pytest.raises(KeyboardInterrupt):
+        main([*SMALL, "--json", str(results)])
+    assert [row.length for row in load(results)[2]] == [128, 128]
+
+
 def test_the_gated_path_in_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     results = tmp_path / "results.json"
     assert main([*SMALL, "--paths", "gate", "--json", str(results)]) == 0
     shown = capsys.readouterr().out
-    rows = json.loads(results.read_text())["rows"]
-    assert [(row["length"], row["is_dense"]) for row in rows] == [(128, False), (256, False)]
+    found = json.loads(results.read_text())["rows"]
+    assert [(row["length"], row["is_dense"]) for row in found] == [(128, False), (256, False)]
     stages = ["compress", "compressed", "select", "selected", "window and sum"]
-    assert list(rows[0]["stages"]) == stages
-    assert rows[0]["backward_ratio"] is not None
+    assert list(found[0]["stages"]) == stages
+    assert found[0]["backward_ratio"] is not None
     assert "dense_len=" not in shown
     assert [row.path for row in load(results)[2]] == ["gate", "gate"]
 
