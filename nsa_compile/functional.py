@@ -178,7 +178,7 @@ def select_blocks(
         block: L, keys in a block.
         num_selected: n, blocks a tile reads, the forced ones included.
         local_window: most recent keys that are always read (centred when not causal).
-        score_channels: r; None is all, at most 64. On a GPU that multiplies 8-bit numbers, 16-bit
+        score_channels: r; None is all, at most 128. On a GPU that multiplies 8-bit numbers, 16-bit
             inputs are scored in them (e4m3) from 33 channels on.
         ranges: int32 [B or 1, Tq, 2]; query i sees the keys ``ranges[b, i, 0] <= j < ranges[b, i,
             1]`` of those it would see.

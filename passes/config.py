@@ -42,8 +42,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 # Channels that scorer "channels" reads by default. What is retrieved may be told by channels of
-# little energy: all 64 of a common head are read. On a GPU 64 in 8 bits cost what 32 in 16 do.
-DEFAULT_CHANNELS = 64
+# little energy: all 128 of a common head are read. On a GPU 64 in 8 bits cost what 32 in 16 do.
+DEFAULT_CHANNELS = 128
 _NOT_PER_LAYER = ("include", "exclude", "per_layer", "strict", "inner")
 
 
@@ -63,7 +63,7 @@ class NSAConfig:
             work as dense attention); or a function ``(q, k, *, config, offset, valid)`` that
             returns block indices [B, Hkv, ceil(Tq / query_tile), n]. All but ``"nsa"`` force no
             block: ``init_blocks``, ``scorer`` and, without gates, ``window`` have no part in it.
-        score_channels: channels that ``"channels"`` keeps; None is all of them, at most 64.
+        score_channels: channels that ``"channels"`` keeps; None is all of them, at most 128.
         query_tile: queries that share one selection; 1 is the paper's token-granular form.
         compress_block: l, tokens in a compressed block (scorer ``"mean"``, merge ``"gate"``).
         compress_stride: d, tokens between the starts of compressed blocks.

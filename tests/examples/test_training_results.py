@@ -12,6 +12,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "training.md").read_text(encoding="utf-8")
 
 
+ONE_LINE = PAGE.replace(" \\\n       ", "")  # commands that go on on the next line
+
+
 def load(name: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((DOCS / "results" / f"{name}.json").read_text())
     return document
@@ -24,7 +27,7 @@ def number(value: float | None, form: str) -> str:
 @pytest.mark.parametrize("name", ["training-8k", "training-32k"])
 def test_the_rows_of_the_tables_come_from_the_file(name: str) -> None:
     document = load(name)
-    assert document["command"] in PAGE
+    assert document["command"] in ONE_LINE
     dense = document["variants"]["dense"]["loss"]
     for row in document["variants"].values():
         change = "" if row["loss"] == dense else f"{row['loss'] / dense - 1:+.1%} "
@@ -32,6 +35,23 @@ def test_the_rows_of_the_tables_come_from_the_file(name: str) -> None:
             f"| {row['loss']:.4f} | {change}| {row['bits_per_byte']:.4f} | {row['recall']:.3f} "
             f"| {number(row['step_ms'], '.1f')} | {number(row['peak_mib'], ',.0f')} |"
         ) in PAGE
+
+
+def test_the_rows_of_gates_with_channels_come_from_the_file() -> None:
+    document = load("training-8k-channels")
+    assert document["command"] in PAGE
+    dense = document["variants"]["dense"]["loss"]
+    for row in document["variants"].values():
+        change = "" if row["loss"] == dense else f"{row['loss'] / dense - 1:+.1%} "
+        assert (
+            f"| {row['loss']:.4f} | {change}| {row['bits_per_byte']:.4f} | {row['recall']:.3f} |"
+        ) in PAGE
+        assert row["recall"] > 0.99
+
+
+def test_the_conversions_at_32k_come_from_the_file() -> None:
+    for row in load("training-32k-channels")["converted"]:
+        assert f"| {row['loss']:.4f} | {row['recall']:.3f} |" in PAGE
 
 
 def test_the_losses_at_8k_are_near_the_dense_one_and_the_dense_model_retrieves() -> None:

@@ -82,8 +82,9 @@ def test_layer_filters(include: object, exclude: object, module: str, expected: 
     [
         ({}, 64),
         ({"num_selected": 32}, 32),
-        ({"num_selected": 16, "window": 128}, 24),
-        ({"num_selected": 24, "window": 128}, 32),
+        ({"num_selected": 16, "window": 128}, 16),
+        ({"num_selected": 16, "window": 128, "score_channels": 64}, 24),
+        ({"num_selected": 24, "window": 128, "score_channels": 64}, 32),
         ({"num_selected": 16, "window": 128, "scorer": "mean"}, 16),
         ({"num_selected": 16, "window": 128, "candidates": 16}, 16),
         ({"num_selected": 16, "window": 128, "score_channels": 128}, 16),
@@ -97,8 +98,10 @@ def test_small_budgets_are_chosen_among_more_candidates(
     assert NSAConfig(**options).proposed_blocks(128) == expected
 
 
-@pytest.mark.parametrize(("head_dim", "expected"), [(8, 8), (64, 64), (80, 64), (256, 64)])
-def test_channels_default_to_all_at_most_64(head_dim: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "expected"), [(8, 8), (64, 64), (80, 80), (128, 128), (256, 128)]
+)
+def test_channels_default_to_all_at_most_128(head_dim: int, expected: int) -> None:
     assert NSAConfig().channels(head_dim) == expected
 
 
