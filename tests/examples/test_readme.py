@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nsa_compile.bench.document import load
+from nsa_compile.bench.settings import PATHS
 from nsa_compile.cli import main
 from nsa_compile.passes.config import NSAConfig
 from tests import golden
@@ -80,17 +81,24 @@ def test_the_command_line_options_are_those_of_the_parser(
 
 def speed() -> str:
     """README's table of ratios, from the files of docs/results."""
-    files = [ROOT / "docs" / "results" / f"{name}.json" for name in ("h100-64k", "h100-128k")]
-    rows = [
-        row for file in files for row in load(file)[2] if (row.q_heads, row.kv_heads) == (32, 8)
-    ]
+    found: dict[tuple[int, int, int], str] = {}
+    for name in ("h100-32-channels", "h100-64k", "h100-128k"):
+        settings, _, rows = load(ROOT / "docs" / "results" / f"{name}.json")
+        for row in rows:
+            if (row.q_heads, row.kv_heads) != (32, 8):
+                continue
+            kept = settings.config(row.path).channels(settings.dim)
+            of = f"{kept} of {settings.dim}" if kept < settings.dim else f"all {kept}"
+            path = f"channels, {of}" if row.path == "channels" else row.path
+            ratios = (
+                "" if each is None else f"{each:.2f}"
+                for each in (row.forward_ratio, row.backward_ratio)
+            )
+            cells = f"{row.length:,}", path, *ratios
+            order = row.length, PATHS.index(row.path), kept if row.path == "channels" else 0
+            found.setdefault(order, f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     lines = ["| tokens | path | forward | backward |", "| ---: | --- | ---: | ---: |"]
-    once = {(row.length, row.path): row for row in reversed(rows)}  # both files have some lengths
-    for row in sorted(once.values(), key=rows.index):
-        assert row.backward_ratio is not None
-        cells = f"{row.length:,}", row.path, f"{row.forward_ratio:.2f}", f"{row.backward_ratio:.2f}"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join((*lines, *(found[order] for order in sorted(found)))) + "\n"
 
 
 def test_the_speed_is_what_was_measured() -> None:
