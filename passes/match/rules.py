@@ -82,7 +82,9 @@ def _addend(walk: Walk, node: fx.Node, other: Any, sign: float) -> None:
     if not isinstance(other, fx.Node):
         raise Stumble(node, "an addend of unknown kind")
     at = walk.aligned(node, other)
-    if not _depends(at, walk.key):
+    # A mask over a single key differs between no two, but hides it from a row that has a sink.
+    hides = not walk.key.variables() and _is_relative(walk)
+    if not _depends(at, walk.key) and not hides:
         _same_for_all(walk, node)
         return
     after = walk.after
@@ -90,8 +92,13 @@ def _addend(walk: Walk, node: fx.Node, other: Any, sign: float) -> None:
     walk.add_term(Term(other, "add", node, at, factor=factor))
 
 
+def _is_relative(walk: Walk) -> bool:
+    """Whether more than the differences of a row's logits counts."""
+    return walk.logits.sinks is not None or bool(walk.logits.softcap)
+
+
 def _same_for_all(walk: Walk, node: fx.Node) -> None:
-    if walk.logits.sinks is not None or walk.logits.softcap:
+    if _is_relative(walk):
         raise Stumble(node, "it moves whole rows against their sink or under their softcap")
     walk.logits.shifted = node
 

@@ -35,6 +35,7 @@ def _cases(*everyday: tuple[object, ...], of: list[tuple[object, ...]]) -> list[
         *[("llama", side, length) for side in ("none", "right") for length in LENGTHS],
         *[("mistral", "left", length) for length in LENGTHS],
         *[(name, "left", 63) for name in ("gemma2", "gpt_oss", "bloom")],
+        *[("gpt_oss", side, 1) for side in ("none", "left")],
         of=[(*case, length) for case in CASES for length in LENGTHS],
     ),
 )
