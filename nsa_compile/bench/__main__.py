@@ -38,7 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(table(settings, device, rows))
         for found in break_evens(rows):
             console.print(str(found), highlight=False)
-        _save(given.json, settings, rows)
         if given.markdown is not None:
             given.markdown.write_text(markdown(rows))
         if given.plot is not None:

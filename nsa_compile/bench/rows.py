@@ -118,42 +118,51 @@ def _measure_shape(
         for h in (heads[0], heads[1], heads[1])
     )
     backend, call = fastest_dense(settings.device, qkv, dense)
-    rows = []
-    for name in settings.paths:
-        step(name)
-        path = path_of(settings, name)
-        inputs, is_dense = path.inputs(qkv), path.is_dense(length)
-        compared: list[Compared] = [(call, qkv), (path, inputs)]
-        if is_dense:
+    paths = [path_of(settings, name) for name in settings.paths]
+    given = [path.inputs(qkv) for path in paths]
+    compared: list[Compared] = [(call, qkv)]
+    for path, inputs in zip(paths, given, strict=True):
+        compared.append((path, inputs))
+        if path.is_dense(length):
             compared.append((path.sparse(), inputs))
-        dense_cost, converted, *rest = costs(
-            compared, settings.device, settings.budget_ms, settings.backward
-        )
-        sparse = rest[0] if is_dense else converted
+    step("dense and converted")
+    found = iter(costs(compared, settings.device, settings.budget_ms, settings.backward))
+    reference, rows = next(found), []
+    for name, path, inputs in zip(settings.paths, paths, given, strict=True):
+        step(f"stages of {name}")
+        is_dense, converted = path.is_dense(length), next(found)
+        sparse = next(found) if is_dense else converted
         stages = path.sparse().stages(*inputs)
         times = measure(list(stages.values()), settings.device, settings.budget_ms)
         by_stage = dict(zip(stages, times, strict=True))
         rows.append(
-            Row(
-                *heads, length, name, backend, dense_cost, converted, sparse, is_dense, by_stage
-            )
-        )  # fmt: skip
+            Row(*heads, length, name, backend, reference, converted, sparse, is_dense, by_stage)
+        )
     return rows
 
 
 def costs(
     compared: Sequence[Compared], device: str, budget_ms: float, backward: bool
 ) -> list[Cost]:
-    """What each call takes; each measurement takes about ``budget_ms``."""
+    """What each call takes; each measurement takes about ``budget_ms``.
+
+    A GPU does not hold what two of them need at one time; on a CPU they are measured in turns.
+    """
+    if device != "cuda":
+        return _together(compared, device, budget_ms, backward)
+    return [_together([each], device, budget_ms, backward)[0] for each in compared]
+
+
+def _together(
+    compared: Sequence[Compared], device: str, budget_ms: float, backward: bool
+) -> list[Cost]:
     forwards = [functools.partial(call, *inputs) for call, inputs in compared]
+    times = measure([replayed(call, device) for call in forwards], device, budget_ms)
     if not backward:
-        times = measure([replayed(call, device) for call in forwards], device, budget_ms)
-        return [Cost(forward) for forward in times]
-    # First: what follows holds memory.
+        return list(map(Cost, times))
     peaks = [
         peak_bytes(functools.partial(forward_and_backward, call, inputs), device)
         for call, inputs in compared
     ]
-    times = measure([replayed(call, device) for call in forwards], device, budget_ms)
     gradients = measure([backward_of(*each) for each in compared], device, budget_ms)
     return list(map(Cost, times, gradients, peaks))

@@ -96,7 +96,7 @@ def speed() -> str:
             )
             cells = f"{row.length:,}", path, *ratios
             order = row.length, PATHS.index(row.path), kept if row.path == "channels" else 0
-            found.setdefault(order, f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+            found[order] = f"| {' | '.join(cells)} |"
     lines = ["| tokens | path | forward | backward |", "| ---: | --- | ---: | ---: |"]
     return "\n".join((*lines, *(found[order] for order in sorted(found)))) + "\n"
 

@@ -10,8 +10,6 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "training.md").read_text(encoding="utf-8")
-
-
 ONE_LINE = PAGE.replace(" \\\n       ", "")  # commands that go on on the next line
 
 
@@ -24,28 +22,23 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-@pytest.mark.parametrize("name", ["training-8k", "training-32k"])
+@pytest.mark.parametrize("name", ["training-8k", "training-32k", "training-8k-channels"])
 def test_the_rows_of_the_tables_come_from_the_file(name: str) -> None:
     document = load(name)
     assert document["command"] in ONE_LINE
     dense = document["variants"]["dense"]["loss"]
     for row in document["variants"].values():
         change = "" if row["loss"] == dense else f"{row['loss'] / dense - 1:+.1%} "
-        assert (
-            f"| {row['loss']:.4f} | {change}| {row['bits_per_byte']:.4f} | {row['recall']:.3f} "
-            f"| {number(row['step_ms'], '.1f')} | {number(row['peak_mib'], ',.0f')} |"
-        ) in PAGE
-
-
-def test_the_rows_of_gates_with_channels_come_from_the_file() -> None:
-    document = load("training-8k-channels")
-    assert document["command"] in PAGE
-    dense = document["variants"]["dense"]["loss"]
-    for row in document["variants"].values():
-        change = "" if row["loss"] == dense else f"{row['loss'] / dense - 1:+.1%} "
-        assert (
+        cells = (
             f"| {row['loss']:.4f} | {change}| {row['bits_per_byte']:.4f} | {row['recall']:.3f} |"
-        ) in PAGE
+        )
+        if name != "training-8k-channels":  # which has no times
+            cells += f" {number(row['step_ms'], '.1f')} | {number(row['peak_mib'], ',.0f')} |"
+        assert cells in PAGE
+
+
+def test_gates_with_channels_retrieve() -> None:
+    for row in load("training-8k-channels")["variants"].values():
         assert row["recall"] > 0.99
 
 
